@@ -1,1 +1,18 @@
-//! placeholder
+//! The language that both ends of a replication link share: positions, changes, dirty maps, heals, wire messages, and
+//! the sender and receiver as pure state machines. No I/O, no clock, no threads.
+//!
+//! A write's way through this crate: a capture hands a request to [`sender`], which numbers it and batches it into a
+//! [`wire`] message; [`receiver`] checks continuity and tells its owner what to make durable; acknowledgements flow
+//! back and release the capture's buffer. [`heal`] is the one procedure for everything that the stream did not carry.
+
+pub mod change;
+pub mod codec;
+pub mod geometry;
+pub mod leaf;
+pub mod limits;
+pub mod position;
+
+pub use change::{Change, ChangeKind, MarkerKind, SourceTime};
+pub use geometry::{ByteRange, DiskGeometry, DiskIdentity};
+pub use leaf::{LeafHash, LeafKey, PlainLeafHash};
+pub use position::{ChainId, DiskId, Epoch, Generation, InstanceId, MachineId, Position, SequenceNumber};

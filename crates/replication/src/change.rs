@@ -1,0 +1,167 @@
+//! One change of a machine's disks, as it travels from capture to vault.
+
+use bytes::Bytes;
+
+use crate::codec::{DecodeError, Decoder, Encoder};
+use crate::geometry::{ByteRange, DiskGeometry};
+use crate::limits;
+use crate::position::{DiskId, SequenceNumber};
+
+/// A moment on the source: nanoseconds of its monotonic clock. Comparable only within one boot of one machine; the
+/// receiver turns it into point time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+pub struct SourceTime(pub u64);
+
+/// Why a marker was put into the stream.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum MarkerKind {
+    /// Named by a person or a schedule; crash-consistent.
+    Crash,
+    /// Taken while file systems and applications were frozen.
+    Application,
+    /// The last position of a source that was quiesced, flushed, and had nothing in flight.
+    Final,
+}
+
+/// What happened.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ChangeKind {
+    /// `range` now holds `data`, which is exactly as long.
+    Write {
+        /// Where.
+        range: ByteRange,
+        /// The bytes.
+        data: Bytes,
+    },
+    /// `range` now holds zeroes.
+    Zero {
+        /// Where.
+        range: ByteRange,
+    },
+    /// `range` is no longer needed; it reads as zeroes, distinct from data that happens to be zero.
+    Discard {
+        /// Where.
+        range: ByteRange,
+    },
+    /// A named place in the stream. Its position is a cut.
+    Marker {
+        /// What the place promises.
+        kind: MarkerKind,
+        /// What people call it.
+        name: String,
+    },
+    /// A disk appeared or changed its size.
+    Geometry(DiskGeometry),
+}
+
+/// One change with its place in the stream. All changes of one bio or one NBD request share its sequence number's
+/// cut: a cut never falls between a change with `continues` and the next.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Change {
+    /// Place in the chain.
+    pub sequence: SequenceNumber,
+    /// When it was submitted, by the source's monotonic clock.
+    pub time: SourceTime,
+    /// The disk it applies to; for markers, disk 0 and without meaning.
+    pub disk: DiskId,
+    /// The next change belongs to the same request.
+    pub continues: bool,
+    /// What happened.
+    pub kind: ChangeKind,
+}
+
+impl ChangeKind {
+    /// The disk range this change overwrites, if it overwrites any.
+    pub fn range(&self) -> Option<ByteRange> {
+        match self {
+            ChangeKind::Write { range, .. } | ChangeKind::Zero { range } | ChangeKind::Discard { range } => {
+                Some(*range)
+            }
+            ChangeKind::Marker { .. } | ChangeKind::Geometry(_) => None,
+        }
+    }
+
+    /// Bytes of data carried along.
+    pub fn data_len(&self) -> usize {
+        match self {
+            ChangeKind::Write { data, .. } => data.len(),
+            _ => 0,
+        }
+    }
+}
+
+const WRITE: u8 = 1;
+const ZERO: u8 = 2;
+const DISCARD: u8 = 3;
+const MARKER: u8 = 4;
+const GEOMETRY: u8 = 5;
+const CONTINUES: u8 = 0x80;
+
+impl Change {
+    /// Appends everything but the data of a write, which follows elsewhere in the order of the changes.
+    pub fn encode_head(&self, out: &mut Encoder) {
+        let tag = match &self.kind {
+            ChangeKind::Write { .. } => WRITE,
+            ChangeKind::Zero { .. } => ZERO,
+            ChangeKind::Discard { .. } => DISCARD,
+            ChangeKind::Marker { .. } => MARKER,
+            ChangeKind::Geometry(_) => GEOMETRY,
+        };
+        out.u8(if self.continues { tag | CONTINUES } else { tag })
+            .u64(self.sequence.0)
+            .u64(self.time.0)
+            .u16(self.disk.0);
+        match &self.kind {
+            ChangeKind::Write { range, data } => {
+                debug_assert_eq!(range.len, data.len() as u64, "a write carries exactly its range");
+                range.encode(out);
+            }
+            ChangeKind::Zero { range } | ChangeKind::Discard { range } => range.encode(out),
+            ChangeKind::Marker { kind, name } => {
+                out.u8(match kind {
+                    MarkerKind::Crash => 0,
+                    MarkerKind::Application => 1,
+                    MarkerKind::Final => 2,
+                });
+                out.text(name);
+            }
+            ChangeKind::Geometry(geometry) => geometry.encode(out),
+        }
+    }
+
+    /// Reads a head. A write's data is empty until [`Change::attach_data`].
+    pub fn decode_head(input: &mut Decoder) -> Result<Change, DecodeError> {
+        let tag = input.u8("change kind")?;
+        let sequence = SequenceNumber(input.u64("sequence")?);
+        let time = SourceTime(input.u64("source time")?);
+        let disk = DiskId(input.u16("disk id")?);
+        let kind = match tag & !CONTINUES {
+            WRITE => ChangeKind::Write {
+                range: ByteRange::decode(input, limits::CHANGE_DATA_BYTES_MAX as u64)?,
+                data: Bytes::new(),
+            },
+            ZERO => ChangeKind::Zero { range: ByteRange::decode(input, limits::CHANGE_RANGE_BYTES_MAX)? },
+            DISCARD => ChangeKind::Discard { range: ByteRange::decode(input, limits::CHANGE_RANGE_BYTES_MAX)? },
+            MARKER => ChangeKind::Marker {
+                kind: match input.u8("marker kind")? {
+                    0 => MarkerKind::Crash,
+                    1 => MarkerKind::Application,
+                    2 => MarkerKind::Final,
+                    value => return Err(DecodeError::Undefined { field: "marker kind", value: value.into() }),
+                },
+                name: input.text("marker name", limits::NAME_BYTES_MAX)?,
+            },
+            GEOMETRY => ChangeKind::Geometry(DiskGeometry::decode(input)?),
+            value => return Err(DecodeError::Undefined { field: "change kind", value: value.into() }),
+        };
+        Ok(Change { sequence, time, disk, continues: tag & CONTINUES != 0, kind })
+    }
+
+    /// Takes a write's bytes off the front of `data`; nothing for the other kinds.
+    pub fn attach_data(&mut self, data: &mut Decoder) -> Result<(), DecodeError> {
+        if let ChangeKind::Write { range, data: bytes } = &mut self.kind {
+            *bytes = data.raw(range.len as usize, "write data")?;
+        }
+        Ok(())
+    }
+}
