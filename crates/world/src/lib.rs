@@ -9,12 +9,14 @@
 //! * [`BlockDevice`]: a disk, whether an image file, a raw device, a branch of a vault or a simulated one.
 
 pub mod block;
+pub mod block_file;
 pub mod clock;
 pub mod durable;
 pub mod entropy;
 pub mod files;
 
 pub use block::{BlockDevice, BlockError, Extent, ExtentKind};
+pub use block_file::{Access, FileDevice, OpenDeviceError};
 pub use clock::{Clock, Monotonic, SystemClock, WallTime};
 pub use entropy::{Entropy, SystemEntropy};
 pub use files::{AppendFile, Files, RealFiles};
