@@ -18,8 +18,29 @@ const TEMPORARY_SUFFIX: &str = ".partial";
 /// [`io::ErrorKind::AlreadyExists`] if the name is taken (by anyone, at any time): nothing was changed. Any other
 /// error: the name may or may not exist afterwards; read it back to know.
 pub fn publish(files: &dyn Files, path: &str, parts: &[&[u8]], unique: &str) -> io::Result<()> {
+    publish_as(files, path, parts, unique, Readers::Any)
+}
+
+/// As [`publish`], for a file that holds a secret: only its owner may read it.
+pub fn publish_private(files: &dyn Files, path: &str, parts: &[&[u8]], unique: &str) -> io::Result<()> {
+    publish_as(files, path, parts, unique, Readers::Owner)
+}
+
+/// As [`replace`], for a file that holds a secret: only its owner may read it.
+pub fn replace_private(files: &dyn Files, path: &str, contents: &[u8], unique: &str) -> io::Result<()> {
+    replace_as(files, path, contents, unique, Readers::Owner)
+}
+
+/// Who may read a new file.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Readers {
+    Any,
+    Owner,
+}
+
+fn publish_as(files: &dyn Files, path: &str, parts: &[&[u8]], unique: &str, readers: Readers) -> io::Result<()> {
     let temporary = format!("{path}.{unique}{TEMPORARY_SUFFIX}");
-    write_synced(files, &temporary, parts)?;
+    write_synced(files, &temporary, parts, readers)?;
     let linked = files.link(&temporary, path);
     // The temporary name is rubbish from here on; losing this error costs a file that `sweep` finds.
     let _ = files.remove(&temporary);
@@ -31,8 +52,12 @@ pub fn publish(files: &dyn Files, path: &str, parts: &[&[u8]], unique: &str) -> 
 ///
 /// Durable on return; a crash in between leaves the old contents or the new, never a mixture.
 pub fn replace(files: &dyn Files, path: &str, contents: &[u8], unique: &str) -> io::Result<()> {
+    replace_as(files, path, contents, unique, Readers::Any)
+}
+
+fn replace_as(files: &dyn Files, path: &str, contents: &[u8], unique: &str, readers: Readers) -> io::Result<()> {
     let temporary = format!("{path}.{unique}{TEMPORARY_SUFFIX}");
-    write_synced(files, &temporary, &[contents])?;
+    write_synced(files, &temporary, &[contents], readers)?;
     files.rename(&temporary, path)?;
     files.sync_directory(directory_of(path))
 }
@@ -54,11 +79,15 @@ pub fn is_temporary(name: &str) -> bool {
     name.ends_with(TEMPORARY_SUFFIX)
 }
 
-fn write_synced(files: &dyn Files, path: &str, parts: &[&[u8]]) -> io::Result<()> {
-    let mut file = match files.create_new(path) {
+fn write_synced(files: &dyn Files, path: &str, parts: &[&[u8]], readers: Readers) -> io::Result<()> {
+    let create = || match readers {
+        Readers::Any => files.create_new(path),
+        Readers::Owner => files.create_new_private(path),
+    };
+    let mut file = match create() {
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
             files.create_directory(directory_of(path))?;
-            files.create_new(path)?
+            create()?
         }
         other => other?,
     };
@@ -91,6 +120,19 @@ mod tests {
         replace(&files, "a/b/c", b"four", "z").expect("replace");
         assert_eq!(files.read("a/b/c").expect("readable"), b"four");
         assert_eq!(files.list_files("a/b").expect("listable"), ["c"]);
+    }
+
+    #[test]
+    fn secrets_are_readable_by_their_owner_only() {
+        use std::os::unix::fs::PermissionsExt;
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let files = RealFiles::new(folder.path());
+        publish_private(&files, "keys/a", &[b"secret"], "x").expect("publish");
+        replace_private(&files, "keys/b", b"secret", "y").expect("replace");
+        for name in ["keys/a", "keys/b"] {
+            let mode = std::fs::metadata(folder.path().join(name)).expect("exists").permissions().mode();
+            assert_eq!(mode & 0o777, 0o600, "{name}");
+        }
     }
 
     #[test]

@@ -5,6 +5,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 /// A file that grows at its end.
@@ -21,6 +22,12 @@ pub trait AppendFile: Send {
 pub trait Files: Send + Sync {
     /// Creates a new, empty file; fails with [`io::ErrorKind::AlreadyExists`] if the name is taken.
     fn create_new(&self, path: &str) -> io::Result<Box<dyn AppendFile>>;
+
+    /// As [`Files::create_new`], for a file that holds a secret: where the world has users, only its owner may read
+    /// it. The default knows no users.
+    fn create_new_private(&self, path: &str) -> io::Result<Box<dyn AppendFile>> {
+        self.create_new(path)
+    }
 
     /// The whole file.
     fn read(&self, path: &str) -> io::Result<Vec<u8>>;
@@ -94,6 +101,11 @@ impl RealFiles {
 impl Files for RealFiles {
     fn create_new(&self, path: &str) -> io::Result<Box<dyn AppendFile>> {
         let file = OpenOptions::new().append(true).create_new(true).open(self.root.join(path))?;
+        Ok(Box::new(RealAppendFile { file }))
+    }
+
+    fn create_new_private(&self, path: &str) -> io::Result<Box<dyn AppendFile>> {
+        let file = OpenOptions::new().append(true).create_new(true).mode(0o600).open(self.root.join(path))?;
         Ok(Box::new(RealAppendFile { file }))
     }
 
