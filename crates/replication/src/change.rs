@@ -7,8 +7,9 @@ use crate::geometry::{ByteRange, DiskGeometry};
 use crate::limits;
 use crate::position::{DiskId, SequenceNumber};
 
-/// A moment on the source: nanoseconds of its monotonic clock. Comparable only within one boot of one machine; the
-/// receiver turns it into point time.
+/// When a change was submitted, in nanoseconds. On the wire: the source's monotonic clock, comparable only within one
+/// boot of one machine. From the receiver on (journal, vault): point time, nanoseconds since 1970 that never decrease
+/// along a chain; see [`crate::cut`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct SourceTime(pub u64);
 
@@ -52,7 +53,16 @@ pub enum ChangeKind {
     },
     /// A disk appeared or changed its size.
     Geometry(DiskGeometry),
+    /// The `p0` of a heal: what the heal reads lies below every later change. Overwrites nothing itself.
+    HealStart {
+        /// The sender's number for this heal, new for each attempt.
+        heal: HealId,
+    },
 }
+
+/// One attempt at a heal, numbered by the sender; never reused within one sequence of generations.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+pub struct HealId(pub u64);
 
 /// One change with its place in the stream. All changes of one bio or one NBD request share its sequence number's
 /// cut: a cut never falls between a change with `continues` and the next.
@@ -77,7 +87,7 @@ impl ChangeKind {
             ChangeKind::Write { range, .. } | ChangeKind::Zero { range } | ChangeKind::Discard { range } => {
                 Some(*range)
             }
-            ChangeKind::Marker { .. } | ChangeKind::Geometry(_) => None,
+            ChangeKind::Marker { .. } | ChangeKind::Geometry(_) | ChangeKind::HealStart { .. } => None,
         }
     }
 
@@ -95,6 +105,7 @@ const ZERO: u8 = 2;
 const DISCARD: u8 = 3;
 const MARKER: u8 = 4;
 const GEOMETRY: u8 = 5;
+const HEAL_START: u8 = 6;
 const CONTINUES: u8 = 0x80;
 
 impl Change {
@@ -106,6 +117,7 @@ impl Change {
             ChangeKind::Discard { .. } => DISCARD,
             ChangeKind::Marker { .. } => MARKER,
             ChangeKind::Geometry(_) => GEOMETRY,
+            ChangeKind::HealStart { .. } => HEAL_START,
         };
         out.u8(if self.continues { tag | CONTINUES } else { tag })
             .u64(self.sequence.0)
@@ -126,6 +138,9 @@ impl Change {
                 out.text(name);
             }
             ChangeKind::Geometry(geometry) => geometry.encode(out),
+            ChangeKind::HealStart { heal } => {
+                out.u64(heal.0);
+            }
         }
     }
 
@@ -152,6 +167,7 @@ impl Change {
                 name: input.text("marker name", limits::NAME_BYTES_MAX)?,
             },
             GEOMETRY => ChangeKind::Geometry(DiskGeometry::decode(input)?),
+            HEAL_START => ChangeKind::HealStart { heal: HealId(input.u64("heal id")?) },
             value => return Err(DecodeError::Undefined { field: "change kind", value: value.into() }),
         };
         Ok(Change { sequence, time, disk, continues: tag & CONTINUES != 0, kind })
@@ -163,5 +179,29 @@ impl Change {
             *bytes = data.raw(range.len as usize, "write data")?;
         }
         Ok(())
+    }
+}
+
+impl Change {
+    /// The stream's running hash after this change, given the hash before it. Both ends compute it and compare.
+    pub fn extend_hash(&self, before: StreamHash) -> StreamHash {
+        let mut head = Encoder::with_capacity(64);
+        self.encode_head(&mut head);
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(&before.0).update(&head.finish());
+        if let ChangeKind::Write { data, .. } = &self.kind {
+            hasher.update(data);
+        }
+        StreamHash(*hasher.finalize().as_bytes())
+    }
+}
+
+/// Hash of every change of a session up to a position, chained change by change.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub struct StreamHash(pub [u8; 32]);
+
+impl std::fmt::Debug for StreamHash {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "StreamHash({:02x}{:02x}{:02x}{:02x})", self.0[0], self.0[1], self.0[2], self.0[3])
     }
 }

@@ -7,12 +7,14 @@
 
 pub mod change;
 pub mod codec;
+pub mod cut;
 pub mod geometry;
 pub mod leaf;
 pub mod limits;
 pub mod position;
 
-pub use change::{Change, ChangeKind, MarkerKind, SourceTime};
+pub use change::{Change, ChangeKind, HealId, MarkerKind, SourceTime, StreamHash};
+pub use cut::{Cut, CutKind, PointTime};
 pub use geometry::{ByteRange, DiskGeometry, DiskIdentity};
 pub use leaf::{LeafHash, LeafKey, PlainLeafHash};
 pub use position::{ChainId, DiskId, Epoch, Generation, InstanceId, MachineId, Position, SequenceNumber};
