@@ -1,0 +1,204 @@
+//! Capture: where a machine's writes enter Farshore, and the recovery set that names what the stream did not carry.
+//!
+//! The engine talks to a [`Capture`] and nothing else, so that the splitter, the eBPF capture and the scan are
+//! interchangeable. A capture owns three things:
+//!
+//! * the *ring*: whole requests with their data, in submission order. It is the send buffer: space is released only
+//!   when the process server has the data durably;
+//! * the *maps*: which granules were written, per epoch, *uncommitted* (every write) and *unstreamed* (not carried
+//!   by the ring). They are marked before a write reaches the disk and survive the agent;
+//! * the *(epoch, mode) word*, which every write reads exactly once.
+//!
+//! ```text
+//!             rotate                 rotate (only after fold or clear freed a slot)
+//! epoch e ───────────► epoch e+1 ───────────► epoch e+2
+//!    │ settled(e+1): nobody can act under e any more
+//!    ├─ clear(e): no drops, last record committed      ─► slot free
+//!    └─ fold(e+1): marks move to the heal set          ─► slot free;  heal commits ─► clear_heal_set
+//! ```
+//!
+//! A crash of the agent leaves the maps as they are (page cache); a crash of the machine leaves [`Continuity::Lost`].
+
+use std::fmt;
+
+use replication::{ByteRange, ChangeKind, DiskGeometry, DiskId, Epoch, MarkerKind, SourceTime};
+use world::BlockError;
+
+/// A place in the ring: bytes taken by every record up to and including one, since the capture started. Monotone;
+/// zero is the place before the first record.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+pub struct RingPosition(pub u64);
+
+/// What happens to a write besides being marked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Mode {
+    /// Its data goes into the ring.
+    Stream,
+    /// It is marked *unstreamed*; the ring is not used.
+    Track,
+}
+
+/// Why the stream broke.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum GapCause {
+    /// The ring was full: writes came faster than the process server took them.
+    Overflow,
+    /// A write's data could not be copied.
+    CopyFailed,
+    /// A write completed whose submission was not captured.
+    MissedSubmission,
+    /// A write failed: what the disk now holds in its range is not known.
+    WriteFailed,
+}
+
+impl fmt::Display for GapCause {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            GapCause::Overflow => "the send buffer was full",
+            GapCause::CopyFailed => "a write's data could not be copied",
+            GapCause::MissedSubmission => "a write completed that was not captured when it was submitted",
+            GapCause::WriteFailed => "a write to the disk failed",
+        })
+    }
+}
+
+/// One whole request (a bio, an NBD request, a marker, a geometry change) taken out of the ring. A cut never divides
+/// it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Captured {
+    /// The ring position after this record; what [`Capture::release`] takes.
+    pub end: RingPosition,
+    /// The epoch under which it was written: its marks are in that epoch's maps.
+    pub epoch: Epoch,
+    /// When it was submitted.
+    pub time: SourceTime,
+    /// The disk it applies to; disk 0 for markers.
+    pub disk: DiskId,
+    /// What happened, in order, in pieces of at most `CHANGE_DATA_BYTES_MAX`. Never empty.
+    pub kinds: Vec<ChangeKind>,
+}
+
+/// The capture's counters at one moment. `gap_count` is read before `producer`: if it is unchanged in a sample taken
+/// after consuming up to `producer`, then nothing up to there is missing from the ring.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CaptureStatus {
+    /// How often something happened that the ring does not carry: drops, copy failures, failed writes, missed
+    /// submissions. Monotone. Writes that only mark because the mode is [`Mode::Track`] do not count again.
+    pub gap_count: u64,
+    /// The cause of the latest of them.
+    pub gap_cause: Option<GapCause>,
+    /// The position after the last record reserved so far, complete or not.
+    pub producer: RingPosition,
+    /// Ring bytes that are not released yet.
+    pub ring_bytes_used: u64,
+    /// The ring's size in bytes.
+    pub ring_bytes_max: u64,
+    /// The epoch of the word.
+    pub epoch: Epoch,
+    /// The mode of the word.
+    pub mode: Mode,
+}
+
+/// How much of what happened to the disks is known at start.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Continuity {
+    /// These maps are new. Nothing is known: the whole disk is compared.
+    Fresh,
+    /// The maps lived through the agent's absence: they name everything that may differ.
+    SameBoot,
+    /// Writes may have happened that no map names, or completed writes may have been lost: the whole disk is
+    /// compared by hash.
+    Lost(LostReason),
+}
+
+/// Why the maps do not suffice.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum LostReason {
+    /// The machine started again since.
+    Rebooted,
+    /// The map file belongs to another machine.
+    OtherMachine,
+    /// The map file is damaged, or of a version this program does not know.
+    Unreadable(String),
+    /// A disk's identity is not the one recorded.
+    DiskReplaced(DiskId),
+    /// A disk is smaller than it was.
+    DiskShrunk(DiskId),
+    /// The agent ended while the map file was being rearranged.
+    Unfinished,
+}
+
+impl fmt::Display for LostReason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            LostReason::Rebooted => f.write_str("the machine was restarted"),
+            LostReason::OtherMachine => f.write_str("the dirty maps belong to another machine"),
+            LostReason::Unreadable(why) => write!(f, "the dirty maps cannot be used: {why}"),
+            LostReason::DiskReplaced(disk) => write!(f, "{disk} is another disk than the one protected"),
+            LostReason::DiskShrunk(disk) => write!(f, "{disk} is smaller than it was"),
+            LostReason::Unfinished => f.write_str("the dirty maps were being rearranged when the agent ended"),
+        }
+    }
+}
+
+/// A source of captured requests together with its dirty maps. One engine owns it and calls it from one thread.
+pub trait Capture: Send {
+    /// The protected disks, as they are now.
+    fn disks(&self) -> Vec<DiskGeometry>;
+
+    /// The next complete record in ring order, or `None` if there is none now. Advances the read cursor only.
+    fn next(&mut self) -> Option<Captured>;
+
+    /// Moves the read cursor back to `to`, the end of a record that is not released before it (or the release
+    /// cursor itself).
+    fn rewind(&mut self, to: RingPosition);
+
+    /// Frees the ring up to `through`, the `end` of a record already read: the data is durable elsewhere.
+    fn release(&mut self, through: RingPosition);
+
+    /// Counters now.
+    fn status(&self) -> CaptureStatus;
+
+    /// Opens the next epoch in `mode`, which also ends a sticky break. `None` while both epoch slots are in use
+    /// (fold or clear the older one first) or while someone may still act under the older one.
+    fn rotate(&mut self, mode: Mode) -> Option<Epoch>;
+
+    /// Whether nobody can act under an epoch older than `epoch` any more: every such write has completed or failed,
+    /// and its marks and records are in place.
+    fn settled(&self, epoch: Epoch) -> bool;
+
+    /// Adds the maps of all epochs older than `epoch`, *uncommitted* and *unstreamed* alike, to the heal set and
+    /// frees their slots. Requires `settled(epoch)`. A crash in the middle loses no mark.
+    fn fold(&mut self, epoch: Epoch);
+
+    /// What a heal must cover on `disk`: sorted, disjoint, not adjacent, within the disk. The whole disk if
+    /// [`Capture::require_whole`] was called since the last [`Capture::clear_heal_set`].
+    fn heal_set(&self, disk: DiskId) -> Vec<ByteRange>;
+
+    /// Records, across restarts, that only a comparison of the whole disk will do.
+    fn require_whole(&mut self, disk: DiskId);
+
+    /// Forgets the heal set: a heal that covers all of it was committed. The caller must not call this for a heal
+    /// that began before the latest [`Capture::fold`] or [`Capture::require_whole`].
+    fn clear_heal_set(&mut self);
+
+    /// Forgets the maps of `epoch`, which is older than the current one: it had no drops and its last record is
+    /// committed.
+    fn clear(&mut self, epoch: Epoch);
+
+    /// Whether any epoch from `epoch` on holds an *unstreamed* mark.
+    fn has_unstreamed(&self, epoch: Epoch) -> bool;
+
+    /// Puts a marker into the ring, after every record reserved so far. `false` if there is no room or the stream
+    /// is broken.
+    fn mark(&mut self, kind: MarkerKind, name: &str) -> bool;
+
+    /// What was known when this capture started.
+    fn continuity(&self) -> Continuity;
+
+    /// Reads the source for a heal or a scrub.
+    ///
+    /// # Errors
+    /// [`BlockError::Unreadable`] names the range that is lost; the caller records a defect and reads around it.
+    fn read(&self, disk: DiskId, offset: u64, buffer: &mut [u8]) -> Result<(), BlockError>;
+}
