@@ -1,1 +1,65 @@
-fn main() {}
+//! The project's own commands, run as `cargo xtask <command>`.
+//!
+//! * `test`: everything that must hold before a change is merged, on a machine that has only Rust and a C compiler.
+//! * `tidy`: the rules about the source tree that no compiler checks.
+//! * `bench`: Farshore beside its peers, on the same disk, in the same run.
+
+mod bench;
+mod components;
+mod process;
+mod skips;
+mod stages;
+mod tidy;
+mod workspace;
+
+use std::process::ExitCode;
+
+const USAGE: &str = "\
+usage: cargo xtask <command> [options]
+
+  test    check everything; exits non-zero if a stage fails, or in CI if a test was skipped without permission
+            --only STAGE   run just this stage (repeatable); see the names with --list
+            --quick        leave out what needs a release build (simulation, demo)
+            --no-install   never install a missing component; tests that need it say SKIPPED
+            --seeds N      how many seeds the simulation runs (default 200, with --quick 20)
+            --list         print the stages and stop
+  tidy    check the rules about the source tree
+  bench   measure beside peers and write docs/benchmarks.md
+            --size BYTES   size of the reference disk, e.g. 2GiB (default 1GiB)
+            --full         the reference disk of the published table: 16 GiB
+            --only CASE    run just this case (repeatable); the table is then printed, not written
+            --scratch DIR  where disks and repositories go (default: below the target directory)
+            --keep         leave the reference disk there for the next run
+            --no-install   leave out peers that are not installed
+            --list         print the cases and stop
+";
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let Some((command, rest)) = arguments.split_first() else {
+        eprint!("{USAGE}");
+        return ExitCode::from(2);
+    };
+    let outcome = match command.as_str() {
+        "test" => stages::Options::parse(rest).map(|options| stages::run(&options)),
+        "tidy" if rest.is_empty() => Ok(tidy::run()),
+        "bench" => bench::Options::parse(rest).map(|options| bench::run(&options)),
+        "help" | "--help" | "-h" => {
+            print!("{USAGE}");
+            return ExitCode::SUCCESS;
+        }
+        other => Err(format!("there is no command `{other}` with these arguments")),
+    };
+    match outcome {
+        Err(wrong_usage) => {
+            eprintln!("error: {wrong_usage}\n\n{USAGE}");
+            ExitCode::from(2)
+        }
+        Ok(Err(failure)) => {
+            eprintln!("error: {failure:#}");
+            ExitCode::FAILURE
+        }
+        Ok(Ok(true)) => ExitCode::SUCCESS,
+        Ok(Ok(false)) => ExitCode::FAILURE,
+    }
+}

@@ -1,0 +1,23 @@
+//! The list of cases. To add one: a file beside these, and a line in [`all`].
+
+mod borg;
+mod nbdcopy;
+mod qemu_img;
+mod restic;
+mod zstd;
+
+use super::Case;
+
+/// The row that stands for the cost of compression alone.
+pub(super) const ZSTD_ROW: &str = "zstd -1 -T2";
+
+/// Every case, in the order in which they run.
+pub(super) fn all() -> Vec<Box<dyn Case>> {
+    vec![
+        Box::new(zstd::Zstd),
+        Box::new(nbdcopy::Nbdcopy),
+        Box::new(qemu_img::QemuImg),
+        Box::new(restic::Restic),
+        Box::new(borg::Borg),
+    ]
+}

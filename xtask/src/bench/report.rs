@@ -1,0 +1,179 @@
+//! The tables, for the terminal and for `docs/benchmarks.md`.
+
+use std::fmt::Write as _;
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Context, Result};
+
+use super::disk::{Reference, describe_size};
+use super::{MIB, Question, Row};
+
+const PAGE: &str = "docs/benchmarks.md";
+/// What stands between these lines is ours; the text around them is kept.
+const BEGIN: &str = "<!-- measured: begin -->";
+const END: &str = "<!-- measured: end -->";
+
+/// What the figures depend on.
+#[derive(Debug)]
+pub(super) struct Machine {
+    date: String,
+    processor: String,
+    cores: usize,
+    memory_bytes: u64,
+    kernel: String,
+}
+
+impl Machine {
+    pub(super) fn here() -> Result<Machine> {
+        let date = Command::new("date").args(["-u", "+%Y-%m-%d"]).output().context("cannot run date")?;
+        let field = |text: &str, name: &str| {
+            let line = text.lines().find(|line| line.starts_with(name))?;
+            line.split_once(':').map(|(_, value)| value.trim().to_owned())
+        };
+        let processors = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+        let memory = fs::read_to_string("/proc/meminfo").unwrap_or_default();
+        let kib = field(&memory, "MemTotal").and_then(|text| text.split(' ').next()?.parse::<u64>().ok());
+        let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+        Ok(Machine {
+            date: String::from_utf8_lossy(&date.stdout).trim().to_owned(),
+            processor: field(&processors, "model name").unwrap_or_else(|| "unknown processor".to_owned()),
+            cores: std::thread::available_parallelism().map_or(1, std::num::NonZero::get),
+            memory_bytes: kib.unwrap_or(0) * 1024,
+            kernel: kernel.trim().to_owned(),
+        })
+    }
+}
+
+/// The whole measured part as Markdown that reads well on a terminal too.
+pub(super) fn render(rows: &[Row], left_out: &[String], disk: &Reference, machine: &Machine) -> String {
+    let mut text = String::new();
+    let mut line = |words: String| {
+        text.push_str(&words);
+        text.push('\n');
+    };
+    line(format!(
+        "{}; {} cores of {}, {} memory, Linux {}.",
+        machine.date,
+        machine.cores,
+        machine.processor,
+        describe_size(machine.memory_bytes),
+        machine.kernel
+    ));
+    line(format!(
+        "Disk: {} ext4 with {} used (system files, a toolchain, 1/16 random), page cache warm; then {} of random 4 KiB writes.",
+        describe_size(disk.size),
+        describe_size(disk.used_bytes),
+        describe_size(disk.changed_bytes)
+    ));
+    let mut questions: Vec<Question> = rows.iter().map(|row| row.question).collect();
+    questions.sort_unstable();
+    questions.dedup();
+    for question in questions {
+        let rows: Vec<&Row> = rows.iter().filter(|row| row.question == question).collect();
+        line(format!("\n### {}\n", question.title()));
+        line(table(question, &rows, disk).trim_end().to_owned());
+    }
+    if !left_out.is_empty() {
+        line(format!("\nLeft out: {}.", left_out.join("; ")));
+    }
+    text
+}
+
+fn table(question: Question, rows: &[&Row], disk: &Reference) -> String {
+    let baseline = question.baseline().and_then(|name| rows.iter().find(|row| row.name == name));
+    let ratio_title = baseline.map_or_else(|| "ratio".to_owned(), |row| format!("× {}", row.name));
+    let titles = ["what", "wall", "user", "system", "memory", "used bytes per s", "stored", &ratio_title, "note"];
+    let mut cells = vec![titles.map(str::to_owned).to_vec()];
+    for row in rows {
+        let wall = row.usage.wall.as_secs_f64();
+        let ratio = baseline.map(|base| wall / base.usage.wall.as_secs_f64());
+        let verdict = match (row.target, ratio) {
+            (Some(target), Some(ratio)) if ratio <= target.wall_ratio_max => {
+                format!("target ≤ {:.2} met", target.wall_ratio_max)
+            }
+            (Some(target), Some(_)) => format!("target ≤ {:.2} missed", target.wall_ratio_max),
+            (Some(target), None) => format!("target ≤ {:.2}, baseline not measured", target.wall_ratio_max),
+            (None, _) => String::new(),
+        };
+        let note =
+            [verdict, row.note.clone()].into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join("; ");
+        cells.push(vec![
+            row.name.clone(),
+            format!("{wall:.1} s"),
+            format!("{:.1} s", row.usage.user.as_secs_f64()),
+            format!("{:.1} s", row.usage.system.as_secs_f64()),
+            format!("{} MiB", row.usage.resident_bytes_max / MIB),
+            format!("{:.0} MiB", disk.used_bytes as f64 / MIB as f64 / wall.max(0.001)),
+            row.stored_bytes.map_or_else(String::new, |bytes| format!("{} MiB", bytes / MIB)),
+            ratio.map_or_else(String::new, |ratio| format!("{ratio:.2}")),
+            note,
+        ]);
+    }
+    aligned(&cells)
+}
+
+/// A Markdown table with columns of equal width; the first row is the header. Figures stand right.
+fn aligned(rows: &[Vec<String>]) -> String {
+    let columns = rows.first().map_or(0, Vec::len);
+    let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0).max(3);
+    let is_text = |column: usize| column == 0 || column + 1 == columns;
+    let mut text = String::new();
+    for (index, row) in rows.iter().enumerate() {
+        text.push('|');
+        for (column, cell) in row.iter().enumerate() {
+            let width = width(column);
+            let written =
+                if is_text(column) { write!(text, " {cell:<width$} |") } else { write!(text, " {cell:>width$} |") };
+            written.expect("writing to a string cannot fail");
+        }
+        text.push('\n');
+        if index == 0 {
+            text.push('|');
+            for column in 0..columns {
+                let dashes = "-".repeat(width(column));
+                text.push_str(&if is_text(column) { format!(" {dashes} |") } else { format!(" {dashes}:|") });
+            }
+            text.push('\n');
+        }
+    }
+    text
+}
+
+/// Puts the measured part into the page, keeping the text around it.
+pub(super) fn write(root: &Path, measured: &str) -> Result<()> {
+    let path = root.join(PAGE);
+    let page = fs::read_to_string(&path).with_context(|| format!("cannot read {PAGE}"))?;
+    let page =
+        replace_measured(&page, measured).with_context(|| format!("{PAGE} lacks the lines {BEGIN} and {END}"))?;
+    fs::write(&path, page).with_context(|| format!("cannot write {PAGE}"))?;
+    println!("written to {PAGE}");
+    Ok(())
+}
+
+fn replace_measured(page: &str, measured: &str) -> Option<String> {
+    let (before, rest) = page.split_once(BEGIN)?;
+    let (_, after) = rest.split_once(END)?;
+    Some(format!("{before}{BEGIN}\n{}\n{END}{after}", measured.trim_end()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn columns_are_aligned_and_figures_stand_right() {
+        let rows = [["what", "wall", "note"], ["a", "1.0 s", "—"]].map(|row| row.map(str::to_owned).to_vec());
+        assert_eq!(aligned(&rows), "| what |  wall | note |\n| ---- | -----:| ---- |\n| a    | 1.0 s | —    |\n");
+    }
+
+    #[test]
+    fn only_the_measured_part_of_the_page_is_replaced() {
+        let page = format!("# Title\n\n{BEGIN}\nold\n{END}\n\nNotes.\n");
+        let new = replace_measured(&page, "new\n").unwrap();
+        assert_eq!(new, format!("# Title\n\n{BEGIN}\nnew\n{END}\n\nNotes.\n"));
+        assert_eq!(replace_measured(&new, "new").unwrap(), new);
+        assert!(replace_measured("# Title", "new").is_none());
+    }
+}

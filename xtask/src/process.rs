@@ -1,0 +1,214 @@
+//! Child processes: where programs are found, how their output is shown, and what they used.
+
+use std::ffi::OsString;
+use std::fs;
+use std::io::{BufRead, BufReader, Read};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use rustix::process::{Pid, WaitId, WaitIdOptions, waitid};
+
+/// How often the memory of a measured process is looked at.
+const SAMPLE_INTERVAL: Duration = Duration::from_millis(20);
+
+/// What `PATH` is for every child: ordinary users often lack the directories in which `mke2fs` and `e2fsck` are.
+pub(crate) fn search_path() -> OsString {
+    let mut path = std::env::var_os("PATH").unwrap_or_default();
+    path.push(":/usr/local/sbin:/usr/sbin:/sbin");
+    path
+}
+
+/// The file that `name` would run, or `None`.
+pub(crate) fn find_program(name: &str) -> Option<PathBuf> {
+    use std::os::unix::fs::PermissionsExt;
+    std::env::split_paths(&search_path()).map(|directory| directory.join(name)).find(|candidate| {
+        fs::metadata(candidate).is_ok_and(|meta| meta.is_file() && meta.permissions().mode() & 0o111 != 0)
+    })
+}
+
+/// The command as one would type it: the program without its directory.
+pub(crate) fn describe(command: &Command) -> String {
+    let program = Path::new(command.get_program());
+    let mut words = vec![program.file_name().unwrap_or(program.as_os_str()).to_string_lossy().into_owned()];
+    words.extend(command.get_args().map(|argument| argument.to_string_lossy().into_owned()));
+    words.join(" ")
+}
+
+/// Runs with our own output and no input; an error names the command and its exit code.
+pub(crate) fn run(command: &mut Command) -> Result<()> {
+    println!("$ {}", describe(command));
+    let status = command
+        .env("PATH", search_path())
+        .stdin(Stdio::null())
+        .status()
+        .with_context(|| format!("cannot run {}", describe(command)))?;
+    if !status.success() {
+        bail!("`{}` failed: {status}", describe(command));
+    }
+    Ok(())
+}
+
+/// Runs, shows standard output line by line as it comes, and hands each line to `line` as well.
+pub(crate) fn run_watching(command: &mut Command, mut line: impl FnMut(&str)) -> Result<()> {
+    println!("$ {}", describe(command));
+    let mut child = command
+        .env("PATH", search_path())
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()
+        .with_context(|| format!("cannot run {}", describe(command)))?;
+    let stdout = child.stdout.take().expect("standard output is piped three lines above");
+    for text in BufReader::new(stdout).split(b'\n') {
+        let text = text.context("cannot read what the command prints")?;
+        let text = String::from_utf8_lossy(&text);
+        println!("{text}");
+        line(&text);
+    }
+    let status = child.wait().context("cannot wait for the command")?;
+    if !status.success() {
+        bail!("`{}` failed: {status}", describe(command));
+    }
+    Ok(())
+}
+
+/// What a whole process, with the children it waited for, has used.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Usage {
+    pub(crate) wall: Duration,
+    pub(crate) user: Duration,
+    pub(crate) system: Duration,
+    /// Largest resident set, in bytes, of the process and its descendants together.
+    pub(crate) resident_bytes_max: u64,
+}
+
+/// Runs silently to its end and measures it. What it printed is shown only if it fails.
+pub(crate) fn measure(command: &mut Command) -> Result<Usage> {
+    let description = describe(command);
+    let started = Instant::now();
+    let mut child = command
+        .env("PATH", search_path())
+        .stdin(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .with_context(|| format!("cannot run {description}"))?;
+    let mut errors = child.stderr.take().expect("standard error is piped three lines above");
+    let reader = std::thread::spawn(move || {
+        let mut text = Vec::new();
+        let outcome = errors.read_to_end(&mut text);
+        outcome.map(|_| String::from_utf8_lossy(&text).into_owned())
+    });
+    let usage = watch_to_end(&child, started)?;
+    let status = child.wait().context("cannot wait for the command")?;
+    let printed = reader.join().ok().and_then(Result::ok).unwrap_or_default();
+    if !status.success() {
+        bail!("`{description}` failed: {status}\n{printed}");
+    }
+    Ok(usage)
+}
+
+/// Waits until the child has ended, leaving it to be reaped by its owner.
+///
+/// Processor time is read from the dead but unreaped process and therefore exact; the memory of a dead process is
+/// gone, so its high-water mark is sampled by a thread and may miss the last 20 ms.
+fn watch_to_end(child: &Child, started: Instant) -> Result<Usage> {
+    let id = child.id();
+    let pid = i32::try_from(id).ok().and_then(Pid::from_raw).context("a child without a process id")?;
+    let peak = AtomicU64::new(0);
+    std::thread::scope(|scope| {
+        let (ended, wait_for_end) = std::sync::mpsc::sync_channel::<()>(1);
+        scope.spawn({
+            let peak = &peak;
+            move || {
+                loop {
+                    peak.fetch_max(resident_bytes_of_tree(id), Ordering::Relaxed);
+                    if wait_for_end.recv_timeout(SAMPLE_INTERVAL) != Err(std::sync::mpsc::RecvTimeoutError::Timeout) {
+                        return;
+                    }
+                }
+            }
+        });
+        while let Err(error) = waitid(WaitId::Pid(pid), WaitIdOptions::EXITED | WaitIdOptions::NOWAIT) {
+            if error != rustix::io::Errno::INTR {
+                return Err(error).context("cannot wait for the command");
+            }
+        }
+        let wall = started.elapsed();
+        drop(ended);
+        let (user, system) = processor_time(id).context("the ended process is not listed in /proc")?;
+        Ok((wall, user, system))
+    })
+    .map(|(wall, user, system)| Usage { wall, user, system, resident_bytes_max: peak.load(Ordering::Relaxed) })
+}
+
+/// User and system time of a process and of its children that were waited for, so far.
+pub(crate) fn processor_time(pid: u32) -> Option<(Duration, Duration)> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    parse_processor_time(&stat)
+}
+
+/// The fields utime, stime, cutime and cstime of `/proc/PID/stat`, in ticks of 10 ms (`USER_HZ` is 100 on every
+/// Linux architecture we run on).
+fn parse_processor_time(stat: &str) -> Option<(Duration, Duration)> {
+    // The command name may hold spaces and brackets; the last bracket ends it.
+    let fields: Vec<&str> = stat.get(stat.rfind(')')? + 1..)?.split_whitespace().collect();
+    let ticks = |index: usize| fields.get(index)?.parse::<u64>().ok();
+    let duration = |ticks: u64| Duration::from_millis(ticks * 10);
+    Some((duration(ticks(11)? + ticks(13)?), duration(ticks(12)? + ticks(14)?)))
+}
+
+/// Resident bytes of a process and all its descendants, now.
+pub(crate) fn resident_bytes_of_tree(pid: u32) -> u64 {
+    let own = fs::read_to_string(format!("/proc/{pid}/status")).ok().and_then(|s| parse_resident(&s)).unwrap_or(0);
+    let children = fs::read_dir(format!("/proc/{pid}/task"))
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter_map(|task| fs::read_to_string(task.path().join("children")).ok())
+        .flat_map(|ids| ids.split_whitespace().filter_map(|id| id.parse().ok()).collect::<Vec<u32>>())
+        .map(resident_bytes_of_tree)
+        .sum::<u64>();
+    own + children
+}
+
+/// The high-water mark, so that a peak between two samples counts.
+fn parse_resident(status: &str) -> Option<u64> {
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok().map(|kib| kib * 1024)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn processor_time_survives_odd_process_names() {
+        let stat = "7 (a) b (c) S 1 7 7 0 -1 4194304 10 20 0 0 150 25 50 5 20 0 1 0 99 1 2";
+        assert_eq!(parse_processor_time(stat), Some((Duration::from_secs(2), Duration::from_millis(300))));
+        assert_eq!(parse_processor_time("7 (short) S 1"), None);
+    }
+
+    #[test]
+    fn measure_sees_time_processor_and_memory() {
+        let mut busy = Command::new("sh");
+        busy.args(["-c", "i=0; while [ $i -lt 150000 ]; do i=$((i+1)); done"]);
+        let usage = measure(&mut busy).unwrap();
+        assert!(usage.user + usage.system >= Duration::from_millis(10), "{usage:?}");
+        assert!(usage.wall + Duration::from_millis(20) >= usage.user, "{usage:?}");
+        assert!(usage.resident_bytes_max > 100 * 1024, "{usage:?}");
+    }
+
+    #[test]
+    fn measure_reports_what_a_failing_command_printed() {
+        let error = measure(Command::new("sh").args(["-c", "echo no such repository >&2; exit 3"])).unwrap_err();
+        assert!(error.to_string().contains("no such repository"), "{error}");
+    }
+
+    #[test]
+    fn programs_are_found_also_outside_an_ordinary_path() {
+        assert!(find_program("sh").is_some());
+        assert!(find_program("no-such-program-anywhere").is_none());
+    }
+}
