@@ -9,9 +9,14 @@ pub mod change;
 pub mod codec;
 pub mod cut;
 pub mod geometry;
+mod heal;
 pub mod leaf;
 pub mod limits;
+pub mod maps;
 pub mod position;
+pub mod receiver;
+pub mod sender;
+pub mod wire;
 
 pub use change::{Change, ChangeKind, HealId, MarkerKind, SourceTime, StreamHash};
 pub use cut::{Cut, CutKind, PointTime};

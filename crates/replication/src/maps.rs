@@ -158,7 +158,10 @@ mod tests {
 
     /// Sorted disjoint ranges of the marked granules, one granule at a time.
     fn oracle_ranges(marked: &BTreeSet<u64>, granule: u64, disk_bytes: u64) -> BTreeSet<u64> {
-        marked.iter().flat_map(|&index| (index * granule..((index + 1) * granule).min(disk_bytes)).step_by(512)).collect()
+        marked
+            .iter()
+            .flat_map(|&index| (index * granule..((index + 1) * granule).min(disk_bytes)).step_by(512))
+            .collect()
     }
 
     #[derive(Debug, Clone)]

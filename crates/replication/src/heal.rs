@@ -1,0 +1,219 @@
+//! One heal as the sender runs it: which ranges are still to be read, which offers wait for a verdict, how much data is
+//! under way. Pure; the sender turns its steps into actions.
+//!
+//! A chunk's life: planned → reading → offered (its data kept if it was read) → wanted leaves sent. When the receiver
+//! holds nothing at all, chunks skip the offer and whatever is not zero is sent.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use bytes::Bytes;
+
+use crate::change::HealId;
+use crate::geometry::{ByteRange, LEAF_BYTES};
+use crate::limits;
+use crate::position::DiskId;
+use crate::sender::HealProgress;
+use crate::wire::{HealContent, Message, OfferedLeaf, is_wanted};
+
+/// What a heal wants done next.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum HealStep {
+    Read {
+        disk: DiskId,
+        range: ByteRange,
+    },
+    Fetch {
+        disk: DiskId,
+        range: ByteRange,
+    },
+    Send(Message),
+    /// Everything was read, judged and sent.
+    Finished,
+}
+
+#[derive(Debug)]
+struct Chunk {
+    disk: DiskId,
+    range: ByteRange,
+    leaves: Vec<OfferedLeaf>,
+    data: Option<Bytes>,
+}
+
+/// The state of one heal between its `p0` and its last message.
+#[derive(Debug)]
+pub(crate) struct HealRun {
+    heal: HealId,
+    base_empty: bool,
+    chunk_bytes: u64,
+    planned: VecDeque<(DiskId, ByteRange)>,
+    reading: usize,
+    fetching: usize,
+    /// Wanted ranges of which only the hashes were known, not yet asked for.
+    fetches: VecDeque<(DiskId, ByteRange)>,
+    offered: BTreeMap<u32, Chunk>,
+    next_offer: u32,
+    /// Messages ready to go, as soon as the receiver has room.
+    ready: VecDeque<Message>,
+    sent_bytes: u64,
+    credited_bytes: u64,
+    progress: HealProgress,
+}
+
+/// Chunks being read or waiting for a verdict. Bounds the sender's memory: chunk size × this.
+const CHUNKS_IN_FLIGHT_MAX: usize = 16;
+
+impl HealRun {
+    pub(crate) fn new(heal: HealId, set: Vec<(DiskId, Vec<ByteRange>)>, base_empty: bool, chunk_bytes: u64) -> HealRun {
+        let planned: VecDeque<_> =
+            set.into_iter().flat_map(|(disk, ranges)| ranges.into_iter().map(move |range| (disk, range))).collect();
+        let planned_bytes = planned.iter().map(|(_, range)| range.len).sum();
+        HealRun {
+            heal,
+            base_empty,
+            chunk_bytes,
+            planned,
+            reading: 0,
+            fetching: 0,
+            fetches: VecDeque::new(),
+            offered: BTreeMap::new(),
+            next_offer: 0,
+            ready: VecDeque::new(),
+            sent_bytes: 0,
+            credited_bytes: 0,
+            progress: HealProgress { planned_bytes, ..HealProgress::default() },
+        }
+    }
+
+    pub(crate) fn heal(&self) -> HealId {
+        self.heal
+    }
+
+    pub(crate) fn progress(&self) -> HealProgress {
+        self.progress
+    }
+
+    pub(crate) fn pump(&mut self) -> Vec<HealStep> {
+        let mut steps = Vec::new();
+        while self.sent_bytes - self.credited_bytes < limits::HEAL_BYTES_IN_FLIGHT_MAX
+            && let Some(message) = self.ready.pop_front()
+        {
+            if let Message::HealData { content: HealContent::Data(data), .. } = &message {
+                self.sent_bytes += data.len() as u64;
+                self.progress.sent_bytes += data.len() as u64;
+            }
+            steps.push(HealStep::Send(message));
+        }
+        if self.ready.is_empty() {
+            while self.fetching < CHUNKS_IN_FLIGHT_MAX
+                && let Some((disk, range)) = self.fetches.pop_front()
+            {
+                self.fetching += 1;
+                steps.push(HealStep::Fetch { disk, range });
+            }
+            while self.fetches.is_empty()
+                && self.reading + self.fetching + self.offered.len() < CHUNKS_IN_FLIGHT_MAX
+                && let Some((disk, range)) = self.next_chunk()
+            {
+                self.reading += 1;
+                steps.push(HealStep::Read { disk, range });
+            }
+        }
+        let waiting = self.reading + self.fetching + self.fetches.len() + self.offered.len() + self.ready.len();
+        if waiting == 0 && self.planned.is_empty() {
+            steps.push(HealStep::Finished);
+        }
+        steps
+    }
+
+    /// Takes the next chunk off the plan. Chunks begin and end at multiples of the chunk size, or of a leaf.
+    fn next_chunk(&mut self) -> Option<(DiskId, ByteRange)> {
+        let (disk, range) = self.planned.pop_front()?;
+        let start = range.start / LEAF_BYTES * LEAF_BYTES;
+        let end = ((start / self.chunk_bytes + 1) * self.chunk_bytes).min(range.end());
+        if let Some(rest) = ByteRange::between(end, range.end()) {
+            self.planned.push_front((disk, rest));
+        }
+        Some((disk, ByteRange::new(start, end - start)))
+    }
+
+    pub(crate) fn read(&mut self, disk: DiskId, range: ByteRange, leaves: Vec<OfferedLeaf>, data: Option<Bytes>) {
+        debug_assert_eq!(leaves.len() as u64, range.len.div_ceil(LEAF_BYTES), "one entry a leaf");
+        self.reading -= 1;
+        self.progress.compared_bytes += range.len;
+        let chunk = Chunk { disk, range, leaves, data };
+        if self.base_empty {
+            let wanted: Vec<bool> = chunk.leaves.iter().map(|leaf| *leaf != OfferedLeaf::Zero).collect();
+            self.send_leaves(&chunk, &wanted);
+            return;
+        }
+        let offer = self.next_offer;
+        self.next_offer += 1;
+        self.ready.push_back(Message::Offer {
+            heal: self.heal,
+            offer,
+            disk,
+            start: range.start,
+            leaves: chunk.leaves.clone(),
+        });
+        self.offered.insert(offer, chunk);
+    }
+
+    pub(crate) fn wants(&mut self, offer: u32, wanted: &[u8]) -> Result<(), &'static str> {
+        let chunk = self.offered.remove(&offer).ok_or("the receiver answered an offer that was not made")?;
+        let wanted: Vec<bool> = (0..chunk.leaves.len()).map(|index| is_wanted(wanted, index)).collect();
+        self.send_leaves(&chunk, &wanted);
+        Ok(())
+    }
+
+    pub(crate) fn fetched(&mut self, disk: DiskId, range: ByteRange, data: Option<Bytes>) {
+        self.fetching -= 1;
+        let content = data.map_or(HealContent::Unreadable, HealContent::Data);
+        self.ready.push_back(Message::HealData { heal: self.heal, disk, range, content });
+    }
+
+    pub(crate) fn credit(&mut self, received_bytes: u64) {
+        self.credited_bytes = received_bytes.clamp(self.credited_bytes, self.sent_bytes);
+    }
+
+    /// Turns runs of wanted leaves of the same nature into messages.
+    fn send_leaves(&mut self, chunk: &Chunk, wanted: &[bool]) {
+        #[derive(PartialEq, Clone, Copy)]
+        enum Nature {
+            Zero,
+            Data,
+            Unreadable,
+        }
+        let nature = |leaf: &OfferedLeaf| match leaf {
+            OfferedLeaf::Zero => Nature::Zero,
+            OfferedLeaf::Hash(_) | OfferedLeaf::Unknown => Nature::Data,
+            OfferedLeaf::Unreadable => Nature::Unreadable,
+        };
+        let mut index = 0;
+        while index < chunk.leaves.len() {
+            if !wanted[index] {
+                index += 1;
+                continue;
+            }
+            let first = index;
+            let kind = nature(&chunk.leaves[first]);
+            while index < chunk.leaves.len() && wanted[index] && nature(&chunk.leaves[index]) == kind {
+                index += 1;
+            }
+            let start = chunk.range.start + first as u64 * LEAF_BYTES;
+            let end = (chunk.range.start + index as u64 * LEAF_BYTES).min(chunk.range.end());
+            let run = ByteRange::new(start, end - start);
+            for range in run.split_at_multiples(limits::HEAL_DATA_BYTES_MAX as u64) {
+                let content = match (kind, &chunk.data) {
+                    (Nature::Zero, _) => HealContent::Zero,
+                    (Nature::Unreadable, _) => HealContent::Unreadable,
+                    (Nature::Data, Some(data)) => HealContent::Data(data.slice(range.within(chunk.range.start))),
+                    (Nature::Data, None) => {
+                        self.fetches.push_back((chunk.disk, range));
+                        continue;
+                    }
+                };
+                self.ready.push_back(Message::HealData { heal: self.heal, disk: chunk.disk, range, content });
+            }
+        }
+    }
+}

@@ -1,0 +1,545 @@
+//! The receiving half of replication: greets a sender, checks that its stream has no hole, turns source time into point
+//! time, decides where cuts lie, and tells its owner what to make durable.
+//!
+//! Pure. The owner is a process server (changes go to its journal, heals to the vault) or a master target (both go to a
+//! disk).
+//!
+//! Invariants: changes are handed on in sequence order without holes; nothing is acknowledged before the owner said
+//! that it is durable; no cut lies inside a gap, that is, between the last change before a break and the heal's end.
+
+use crate::change::{Change, HealId, SourceTime, StreamHash};
+use crate::cut::{Cut, CutKind, CutPlanner, PointClock, PointTime};
+use crate::geometry::{ByteRange, DiskGeometry, LEAF_BYTES};
+use crate::position::{ChainId, DiskId, Generation, InstanceId, MachineId, SequenceNumber};
+use crate::wire::{
+    HealContent, HealNeed, Hello, Message, OfferHashes, OfferedLeaf, PROTOCOL_VERSION, RefusalCode, Welcome,
+};
+
+/// What the receiving side remembers of a machine when it calls.
+#[derive(Debug, Clone)]
+pub struct Remembered {
+    /// The machine this receiver's certificate check found on the other end.
+    pub machine: MachineId,
+    /// The chain the machine follows.
+    pub chain: ChainId,
+    /// The stream as far as it is journaled here, if this writer has one: newest position and hash.
+    pub stream: Option<(SequenceNumber, StreamHash)>,
+    /// Newest position in the vault (or durable on the home disk).
+    pub committed: SequenceNumber,
+    /// A gap is open, or the disks were never complete.
+    pub incomplete: bool,
+    /// Boot id and VM generation id of the last session, if there was one.
+    pub last_boot: Option<([u8; 16], [u8; 16])>,
+    /// The agent run whose link is alive right now.
+    pub live: Option<InstanceId>,
+    /// The chain holds nothing at all.
+    pub empty: bool,
+}
+
+/// The answer to a [`Hello`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Greeting {
+    /// Turn it away.
+    Refuse {
+        /// The kind of reason.
+        code: RefusalCode,
+        /// The reason in words.
+        reason: String,
+    },
+    /// The stream goes on where it was; the same generation if this writer holds one.
+    Continue {
+        /// What the sender says it lacks.
+        need: HealNeed,
+    },
+    /// Continuity is lost: open a new generation and have the sender heal.
+    Renew {
+        /// By maps or by comparing everything.
+        need: HealNeed,
+        /// Why, for the gap's record.
+        cause: String,
+    },
+}
+
+/// Judges a sender's first message. Must 7: whoever is behind what it acknowledged loses continuity.
+pub fn greet(hello: &Hello, known: &Remembered) -> Greeting {
+    let refuse = |code, reason: String| Greeting::Refuse { code, reason };
+    let renew = |need, cause: &str| Greeting::Renew { need, cause: cause.to_owned() };
+    if hello.version < PROTOCOL_VERSION {
+        return refuse(
+            RefusalCode::Version,
+            format!("the agent speaks protocol {}, this server {PROTOCOL_VERSION}: upgrade the agent", hello.version),
+        );
+    }
+    if hello.machine != known.machine {
+        return refuse(
+            RefusalCode::NotAuthorised,
+            format!("the certificate belongs to machine {}, the agent says it is {}", known.machine, hello.machine),
+        );
+    }
+    if known.live.is_some_and(|live| live != hello.instance) {
+        return refuse(
+            RefusalCode::DuplicateIdentity,
+            "another running agent uses this machine's identity; stop one of them, or join the copy as a new machine"
+                .into(),
+        );
+    }
+    let identities_changed = known
+        .last_boot
+        .is_some_and(|(boot, vm)| hello.resume.is_some() && (boot != hello.boot || vm != hello.vm_generation));
+    if identities_changed {
+        return renew(HealNeed::Whole, "the machine was reset or reverted while its agent ran");
+    }
+    let at_least = |need: HealNeed| if hello.need == HealNeed::Whole { HealNeed::Whole } else { need };
+    if let Some((chain, cleared)) = hello.cleared
+        && (chain != known.chain || known.committed < cleared)
+    {
+        return renew(HealNeed::Whole, "the vault is behind what the agent saw committed");
+    }
+    let Some(resume) = &hello.resume else {
+        let need = if known.empty { HealNeed::Whole } else { at_least(HealNeed::Maps) };
+        return renew(need, if known.empty { "initial replication" } else { "the agent was restarted" });
+    };
+    if resume.chain != known.chain {
+        return renew(HealNeed::Whole, "the agent was protecting into another chain");
+    }
+    match known.stream {
+        Some((journaled, _)) if journaled < resume.released => {
+            renew(at_least(HealNeed::Maps), "the process server's journal was lost")
+        }
+        None => renew(at_least(HealNeed::Maps), "another process server took over"),
+        Some((journaled, _)) if journaled > resume.sent => {
+            renew(HealNeed::Whole, "the agent is behind what it had already sent")
+        }
+        Some(_) if known.incomplete && hello.need == HealNeed::Nothing => {
+            renew(HealNeed::Maps, "the process server lacks part of the stream")
+        }
+        Some(_) => Greeting::Continue { need: hello.need },
+    }
+}
+
+/// What a session starts with, after [`greet`] and, for a renewal, after the generation was opened.
+#[derive(Debug, Clone)]
+pub struct SessionStart {
+    /// The chain that is written.
+    pub chain: ChainId,
+    /// The generation that new changes are numbered in.
+    pub generation: Generation,
+    /// Newest change held here.
+    pub journaled: SequenceNumber,
+    /// Stream hash there.
+    pub hash: StreamHash,
+    /// Newest position in the vault.
+    pub committed: SequenceNumber,
+    /// Newest point time on the chain.
+    pub last_point: PointTime,
+    /// The cut planner as the last session left it (default for a new generation).
+    pub planner: CutPlanner,
+    /// The stream goes on.
+    pub continues: bool,
+    /// What the sender will have to heal.
+    pub need: HealNeed,
+    /// A gap is open.
+    pub in_gap: bool,
+    /// Nothing is held of the disks.
+    pub base_empty: bool,
+    /// Stream bytes that may be under way beyond *journaled*.
+    pub window_bytes: u64,
+    /// This side's wall clock.
+    pub wall: PointTime,
+}
+
+/// What happened.
+#[derive(Debug)]
+#[allow(missing_docs)]
+pub enum Event {
+    Received {
+        message: Message,
+        wall: PointTime,
+    },
+    /// Everything up to here is durable here.
+    Journaled(SequenceNumber),
+    /// Everything up to here is in the vault.
+    Committed(SequenceNumber),
+    Window(u64),
+    /// Verdict on an offer.
+    Compared {
+        heal: HealId,
+        offer: u32,
+        wanted: Vec<bool>,
+    },
+    /// Heal data processed, in bytes, since the heal's begin.
+    HealProcessed {
+        heal: HealId,
+        bytes: u64,
+    },
+    HealCommitted {
+        heal: HealId,
+    },
+    /// The owner cannot finish this heal.
+    HealFailed {
+        heal: HealId,
+        reason: String,
+    },
+}
+
+/// What to do.
+#[derive(Debug, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub enum Action {
+    Send(Message),
+    /// Make these durable, in order; their times are point times. `hash` is the stream's after the last of them.
+    Append {
+        changes: Vec<Change>,
+        hash: StreamHash,
+    },
+    /// This position can be opened once it is committed.
+    Cut(Cut),
+    /// Nothing after `at` can be opened until a heal ends.
+    GapOpened {
+        at: SequenceNumber,
+        time: PointTime,
+        cause: String,
+    },
+    /// Everything submitted before this moment is at or below `through`.
+    Proven {
+        through: SequenceNumber,
+        time: PointTime,
+        skew_ns: i64,
+    },
+    HealBegin {
+        heal: HealId,
+        p0: SequenceNumber,
+        whole: bool,
+        hashes: OfferHashes,
+        planned_bytes: u64,
+    },
+    /// Compare and answer with [`Event::Compared`], but not before everything up to `p0` is committed.
+    Compare {
+        heal: HealId,
+        offer: u32,
+        disk: DiskId,
+        start: u64,
+        leaves: Vec<OfferedLeaf>,
+    },
+    HealData {
+        heal: HealId,
+        disk: DiskId,
+        range: ByteRange,
+        content: HealContent,
+    },
+    /// All of the heal's data was handed on; commit it, then this cut, which closes the gap.
+    HealEnd {
+        heal: HealId,
+        cut: Cut,
+    },
+    HealAborted {
+        heal: HealId,
+        cause: String,
+    },
+    /// The session is over; the reason is for the log and, as a refusal, for the sender.
+    Disconnect {
+        reason: String,
+    },
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Healing {
+    heal: HealId,
+    p0: SequenceNumber,
+}
+
+/// The receiving half of a replication session. See the module's documentation.
+#[derive(Debug)]
+pub struct Receiver {
+    chain: ChainId,
+    generation: Generation,
+    disks: Vec<DiskGeometry>,
+    received: SequenceNumber,
+    hash: StreamHash,
+    journaled: SequenceNumber,
+    committed: SequenceNumber,
+    window_bytes: u64,
+    clock: PointClock,
+    planner: CutPlanner,
+    in_gap: bool,
+    /// The newest heal start seen in the stream.
+    heal_started: Option<Healing>,
+    healing: Option<Healing>,
+    ended: Option<(HealId, SequenceNumber)>,
+}
+
+impl Receiver {
+    /// Begins a session and returns the welcome to send.
+    pub fn start(hello: &Hello, start: SessionStart) -> (Receiver, Message) {
+        let welcome = Message::Welcome(Welcome {
+            version: PROTOCOL_VERSION,
+            chain: start.chain,
+            generation: start.generation,
+            resume_after: start.journaled,
+            continues: start.continues,
+            hash: start.hash,
+            committed: start.committed,
+            need: start.need,
+            base_empty: start.base_empty,
+            window_bytes: start.window_bytes,
+        });
+        let receiver = Receiver {
+            chain: start.chain,
+            generation: start.generation,
+            disks: hello.disks.clone(),
+            received: start.journaled,
+            hash: start.hash,
+            journaled: start.journaled,
+            committed: start.committed,
+            window_bytes: start.window_bytes,
+            clock: PointClock::new(hello.now, start.wall, start.last_point),
+            planner: start.planner,
+            in_gap: start.in_gap,
+            heal_started: None,
+            healing: None,
+            ended: None,
+        };
+        (receiver, welcome)
+    }
+
+    /// The chain this session writes to.
+    pub fn chain(&self) -> ChainId {
+        self.chain
+    }
+
+    /// Newest change received, its stream hash, and the newest point time: what the next session continues from once
+    /// they are durable.
+    pub fn position(&self) -> (SequenceNumber, StreamHash, PointTime) {
+        (self.received, self.hash, self.clock.last())
+    }
+
+    /// The cut planner's state, for the next session of the same generation.
+    pub fn planner(&self) -> &CutPlanner {
+        &self.planner
+    }
+
+    /// Whether points are being withheld until a heal ends.
+    pub fn in_gap(&self) -> bool {
+        self.in_gap
+    }
+
+    /// Takes one event.
+    pub fn apply(&mut self, event: Event) -> Vec<Action> {
+        let mut out = Vec::new();
+        match event {
+            Event::Received { message, wall } => {
+                if let Err(reason) = self.received(message, wall, &mut out) {
+                    out.push(Action::Disconnect { reason });
+                }
+            }
+            Event::Journaled(through) => {
+                assert!(through <= self.received, "only what was received can be durable");
+                self.journaled = self.journaled.max(through);
+                out.push(self.ack());
+            }
+            Event::Committed(through) => {
+                self.committed = self.committed.max(through);
+                out.push(self.ack());
+            }
+            Event::Window(bytes) => {
+                self.window_bytes = bytes;
+                out.push(self.ack());
+            }
+            Event::Compared { heal, offer, wanted } => {
+                if self.is_current(heal) {
+                    let wanted = crate::wire::wanted_bitmap(&wanted);
+                    out.push(Action::Send(Message::Wants { heal, offer, wanted }));
+                }
+            }
+            Event::HealProcessed { heal, bytes } => {
+                if self.is_current(heal) {
+                    out.push(Action::Send(Message::HealCredit { heal, received_bytes: bytes }));
+                }
+            }
+            Event::HealCommitted { heal } => {
+                if let Some((ended, end)) = self.ended
+                    && ended == heal
+                {
+                    self.ended = None;
+                    self.committed = self.committed.max(end);
+                    out.push(Action::Send(Message::HealCommitted { heal }));
+                }
+            }
+            Event::HealFailed { heal, reason } => {
+                if self.is_current(heal) || self.ended.is_some_and(|(ended, _)| ended == heal) {
+                    self.healing = None;
+                    self.ended = None;
+                    self.in_gap = true;
+                    out.push(Action::Send(Message::HealRestart { heal, reason }));
+                }
+            }
+        }
+        out
+    }
+
+    fn ack(&self) -> Action {
+        Action::Send(Message::Ack {
+            journaled: self.journaled,
+            committed: self.committed.min(self.journaled),
+            window_bytes: self.window_bytes,
+        })
+    }
+
+    fn is_current(&self, heal: HealId) -> bool {
+        self.healing.is_some_and(|healing| healing.heal == heal)
+    }
+
+    fn received(&mut self, message: Message, wall: PointTime, out: &mut Vec<Action>) -> Result<(), String> {
+        match message {
+            Message::Changes(changes) => self.changes(changes, out),
+            Message::Proof { captured, time, now } => self.proof(captured, time, now, wall, out),
+            Message::Break { at, cause } => {
+                self.break_stream(at, cause, out);
+                Ok(())
+            }
+            Message::HealBegin { heal, p0, whole, hashes, planned_bytes } => {
+                let started = self.heal_started.is_some_and(|started| started.heal == heal && started.p0 == p0);
+                if !started {
+                    return Err(format!("heal {} begins at {p0}, where the stream has no heal start", heal.0));
+                }
+                // The sender has broken the stream before; if not, no cut may include p0.
+                self.break_stream(SequenceNumber(p0.0 - 1), "a heal began".into(), out);
+                self.healing = Some(Healing { heal, p0 });
+                out.push(Action::HealBegin { heal, p0, whole, hashes, planned_bytes });
+                Ok(())
+            }
+            Message::Offer { heal, offer, disk, start, leaves } if self.is_current(heal) => {
+                let len = leaves.len() as u64 * LEAF_BYTES;
+                let size = self.disk_size(disk)?;
+                // The last leaf of a disk may be shorter than 4 KiB.
+                if start + len > size.next_multiple_of(LEAF_BYTES) {
+                    return Err(format!("an offer reaches beyond {disk}"));
+                }
+                out.push(Action::Compare { heal, offer, disk, start, leaves });
+                Ok(())
+            }
+            Message::HealData { heal, disk, range, content } if self.is_current(heal) => {
+                if range.end() > self.disk_size(disk)? {
+                    return Err(format!("heal data reaches beyond {disk}"));
+                }
+                out.push(Action::HealData { heal, disk, range, content });
+                Ok(())
+            }
+            Message::HealEnd { heal, end } if self.is_current(heal) => {
+                if end != self.received {
+                    return Err(format!("heal ends at {end}, the stream is at {}", self.received));
+                }
+                let cut = self.planner.close(CutKind::HealEnd).unwrap_or(Cut {
+                    sequence: end,
+                    time: self.clock.last(),
+                    kind: CutKind::HealEnd,
+                });
+                self.healing = None;
+                self.in_gap = false;
+                self.ended = Some((heal, end));
+                out.push(Action::HealEnd { heal, cut });
+                Ok(())
+            }
+            Message::HealAbort { heal, cause } if self.is_current(heal) => {
+                self.healing = None;
+                out.push(Action::HealAborted { heal, cause });
+                Ok(())
+            }
+            // Of a heal that this side has already given up.
+            Message::Offer { .. } | Message::HealData { .. } | Message::HealEnd { .. } | Message::HealAbort { .. } => {
+                Ok(())
+            }
+            Message::Bye { reason } => Err(format!("the sender said good-bye: {reason}")),
+            other => Err(format!("unexpected message {:?}", std::mem::discriminant(&other))),
+        }
+    }
+
+    fn changes(&mut self, mut changes: Vec<Change>, out: &mut Vec<Action>) -> Result<(), String> {
+        let mut cuts = Vec::new();
+        for change in &mut changes {
+            if !self.follows(change.sequence) {
+                return Err(format!("change {} follows {}", change.sequence, self.received));
+            }
+            if let Some(range) = change.kind.range()
+                && range.end() > self.disk_size(change.disk)?
+            {
+                return Err(format!("change {} reaches beyond {}", change.sequence, change.disk));
+            }
+            self.hash = change.extend_hash(self.hash);
+            self.received = change.sequence;
+            change.time = SourceTime(self.clock.stamp(change.time).0);
+            cuts.extend(self.planner.change(change));
+            match &change.kind {
+                crate::ChangeKind::HealStart { heal } => {
+                    self.heal_started = Some(Healing { heal: *heal, p0: change.sequence });
+                }
+                crate::ChangeKind::Geometry(geometry) => self.resize(geometry),
+                _ => {}
+            }
+        }
+        if !changes.is_empty() {
+            out.push(Action::Append { changes, hash: self.hash });
+        }
+        if !self.in_gap {
+            out.extend(cuts.into_iter().map(Action::Cut));
+        }
+        Ok(())
+    }
+
+    fn follows(&self, sequence: SequenceNumber) -> bool {
+        let next_generation = self.received.generation() < self.generation;
+        let first = SequenceNumber(self.generation.base().0 + 1);
+        sequence.0 == self.received.0 + 1 || (next_generation && sequence == first)
+    }
+
+    fn resize(&mut self, geometry: &DiskGeometry) {
+        match self.disks.iter_mut().find(|disk| disk.disk == geometry.disk) {
+            Some(disk) => *disk = geometry.clone(),
+            None => self.disks.push(geometry.clone()),
+        }
+    }
+
+    fn disk_size(&self, disk: DiskId) -> Result<u64, String> {
+        let found = self.disks.iter().find(|geometry| geometry.disk == disk);
+        found.map(|geometry| geometry.size_bytes).ok_or_else(|| format!("{disk} was never announced"))
+    }
+
+    fn proof(
+        &mut self,
+        captured: SequenceNumber,
+        time: SourceTime,
+        now: SourceTime,
+        wall: PointTime,
+        out: &mut Vec<Action>,
+    ) -> Result<(), String> {
+        if captured > self.received {
+            // A generation's first number is not taken yet: nothing was captured in it.
+            if captured != self.generation.base() {
+                return Err(format!("the sender proves {captured}, the stream is at {}", self.received));
+            }
+        }
+        if self.in_gap || time == SourceTime(0) {
+            return Ok(());
+        }
+        let skew_ns = self.clock.skew(now, wall);
+        let time = self.clock.stamp(time);
+        out.extend(self.planner.proven(time).map(Action::Cut));
+        out.push(Action::Proven { through: self.received, time, skew_ns });
+        Ok(())
+    }
+
+    fn break_stream(&mut self, at: SequenceNumber, cause: String, out: &mut Vec<Action>) {
+        self.ended = None;
+        if self.in_gap {
+            return;
+        }
+        self.in_gap = true;
+        // Everything received so far is a legal prefix: its end is the last point before the gap.
+        if let Some(cut) = self.planner.close(CutKind::GenerationEnd)
+            && cut.sequence <= at
+        {
+            out.push(Action::Cut(cut));
+        }
+        out.push(Action::GapOpened { at: at.min(self.received), time: self.clock.last(), cause });
+    }
+}

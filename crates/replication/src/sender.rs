@@ -1,0 +1,842 @@
+//! The sending half of replication, out and home: numbers requests, keeps them until they are journaled, and runs heals.
+//!
+//! Pure: [`Sender::apply`] takes what happened, [`Sender::pump`] says what to do next; the owner moves the bytes. The
+//! owner feeds captured requests in ring order and answers the actions that ask for something.
+//!
+//! ```text
+//! stream:  Whole ──drop seen──► Draining ──ring consumed up to the drop──► Broken ──heal committed──► Whole
+//! heal:    Idle ► Wanted ► Rotating ► Settling ► Running ► Ending ► Ended ──committed──► Idle
+//!                   ▲                                 │        │       │
+//!                   └────────── link lost, stream broke again ─┴───────┘
+//! ```
+//!
+//! Invariants: sequence numbers are assigned in ring order and never reused; a change leaves `unreleased` only when the
+//! receiver has journaled it; a map epoch is cleared only when everything it names is committed; what a heal covers is
+//! forgotten only when that heal, and no later one, is committed.
+
+use std::collections::VecDeque;
+
+use crate::change::{Change, ChangeKind, HealId, SourceTime, StreamHash};
+use crate::geometry::{ByteRange, DiskGeometry};
+use crate::heal::{HealRun, HealStep};
+use crate::limits;
+use crate::position::{ChainId, DiskId, Epoch, Generation, InstanceId, MachineId, SequenceNumber};
+use crate::wire::{HealNeed, Hello, Message, OfferHashes, OfferedLeaf, PROTOCOL_VERSION, Resume, Welcome};
+
+/// Who sends, and how.
+#[derive(Debug, Clone)]
+pub struct SenderConfig {
+    /// The protected machine.
+    pub machine: MachineId,
+    /// This run of the agent.
+    pub instance: InstanceId,
+    /// The kernel's boot id.
+    pub boot: [u8; 16],
+    /// The VM generation id, zero if there is none.
+    pub vm_generation: [u8; 16],
+    /// The machine's name, for people.
+    pub name: String,
+    /// What the hashes of offers are.
+    pub hashes: OfferHashes,
+    /// Time between rotations of the dirty maps, in nanoseconds.
+    pub rotate_every_ns: u64,
+    /// Time between proofs that nothing is missing, in nanoseconds.
+    pub proof_every_ns: u64,
+    /// Bytes of disk read at once by a heal; a multiple of 64 KiB.
+    pub heal_chunk_bytes: u64,
+}
+
+/// One request taken from the capture's ring.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Request {
+    /// Ring position after the request.
+    pub ring_end: u64,
+    /// The epoch it was marked in.
+    pub epoch: Epoch,
+    /// When it was submitted.
+    pub time: SourceTime,
+    /// Its disk.
+    pub disk: DiskId,
+    /// Its pieces, none longer than [`limits::CHANGE_DATA_BYTES_MAX`].
+    pub kinds: Vec<ChangeKind>,
+}
+
+/// The capture's health, read after the ring was consumed up to `consumed`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CaptureReport {
+    /// Drops, copy failures and missed records since the capture began; never decreases.
+    pub gap_count: u64,
+    /// The newest of them, in words.
+    pub gap_cause: String,
+    /// A write of the current epoch or a later one did not reach the ring.
+    pub unstreamed: bool,
+    /// Ring position after the newest complete request.
+    pub producer: u64,
+}
+
+/// What happened.
+#[derive(Debug)]
+#[allow(missing_docs)]
+pub enum Event {
+    /// A link to the receiver stands; nothing was sent on it yet.
+    LinkUp {
+        now: SourceTime,
+        disks: Vec<DiskGeometry>,
+    },
+    LinkDown,
+    Received(Message),
+    Captured(Request),
+    /// Fed after every round of consuming.
+    Report(CaptureReport),
+    /// `now` was read before the ring was last found empty, if `drained`.
+    Tick {
+        now: SourceTime,
+        drained: bool,
+    },
+    /// Answer to [`Action::Rotate`]: the new epoch, or none because no slot is free yet.
+    Rotated(Option<Epoch>),
+    /// Nobody can act under an epoch older than this one; `producer` was read afterwards.
+    Settled {
+        epoch: Epoch,
+        producer: u64,
+    },
+    /// Answer to [`Action::CollectHealSet`].
+    HealSet(Vec<(DiskId, Vec<ByteRange>)>),
+    /// Answer to [`Action::ReadForHeal`]: one entry a leaf. `data` holds the whole range unless only hashes are known.
+    HealRead {
+        disk: DiskId,
+        range: ByteRange,
+        leaves: Vec<OfferedLeaf>,
+        data: Option<bytes::Bytes>,
+    },
+    /// Answer to [`Action::FetchForHeal`]; none if the range cannot be read.
+    HealFetched {
+        disk: DiskId,
+        range: ByteRange,
+        data: Option<bytes::Bytes>,
+    },
+    /// Answer to [`Action::SampleProducer`].
+    Producer(u64),
+}
+
+/// What to do.
+#[derive(Debug, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub enum Action {
+    Send(Message),
+    /// Free ring space: everything before this position is journaled.
+    Release(u64),
+    /// Open the next epoch in stream mode. `for_heal`: fold older epochs first if no slot is free.
+    Rotate {
+        for_heal: bool,
+    },
+    /// Feed [`Event::Settled`] as soon as nobody can act under an epoch older than this.
+    AwaitSettled(Epoch),
+    /// Mark the whole of every disk as named by doubt, persistently.
+    RequireWhole,
+    /// Fold the maps of all epochs before this one into the heal set and report the set.
+    CollectHealSet(Epoch),
+    ReadForHeal {
+        disk: DiskId,
+        range: ByteRange,
+    },
+    FetchForHeal {
+        disk: DiskId,
+        range: ByteRange,
+    },
+    /// Read the producer position now.
+    SampleProducer,
+    /// The heal that covered the heal set is committed: forget it.
+    ClearHealSet {
+        chain: ChainId,
+        committed: SequenceNumber,
+    },
+    /// Everything this epoch's maps name is committed: forget it, unless it has unstreamed marks.
+    ClearEpoch {
+        epoch: Epoch,
+        chain: ChainId,
+        committed: SequenceNumber,
+    },
+    /// The session cannot go on; close the link, then connect again.
+    Disconnect(String),
+    /// The receiver turned us away for a reason that reconnecting will not mend soon.
+    Refused(String),
+}
+
+/// Whether the receiver has everything.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum StreamState {
+    /// Every request since the last heal's end is in the stream.
+    Whole,
+    /// A request was dropped; what the ring still holds came before it.
+    Draining {
+        /// Consume up to here.
+        until: u64,
+        /// Why.
+        cause: String,
+    },
+    /// Nothing after `at` can be opened until a heal is committed.
+    Broken {
+        /// The last change before the break.
+        at: SequenceNumber,
+        /// Why.
+        cause: String,
+    },
+}
+
+/// Progress of the heal, for people.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct HealProgress {
+    /// Bytes of disk that the heal covers.
+    pub planned_bytes: u64,
+    /// Bytes of disk read or compared so far.
+    pub compared_bytes: u64,
+    /// Bytes of data that had to travel.
+    pub sent_bytes: u64,
+}
+
+#[derive(Debug)]
+enum Link {
+    Down,
+    Greeting,
+    Up { window_bytes: u64 },
+}
+
+#[derive(Debug)]
+enum Heal {
+    Idle,
+    Wanted,
+    Rotating,
+    Settling { heal: HealId, p0: SequenceNumber, epoch: Epoch },
+    Collecting { heal: HealId, p0: SequenceNumber },
+    Running(Box<HealRun>),
+    Sampling(HealId),
+    Ending { heal: HealId, target: u64 },
+    Ended { heal: HealId, end: SequenceNumber },
+}
+
+#[derive(Debug)]
+struct Unreleased {
+    change: Change,
+    hash: StreamHash,
+    /// Set on the last change of a request.
+    ring_end: Option<u64>,
+}
+
+/// A closed epoch whose maps can go once `through` is committed.
+#[derive(Debug)]
+enum ClosingEpoch {
+    None,
+    Settling { epoch: Epoch },
+    Consuming { epoch: Epoch, until: u64 },
+    Committing { epoch: Epoch, through: SequenceNumber },
+}
+
+/// The sending half of a replication session. See the module's documentation.
+#[derive(Debug)]
+pub struct Sender {
+    config: SenderConfig,
+    link: Link,
+    stream: StreamState,
+    /// Only whole-disk comparison will do.
+    whole_needed: bool,
+    heal: Heal,
+    /// The receiver holds nothing of our disks: zeroes need not be mentioned.
+    base_empty: bool,
+    /// Requests of older epochs are covered by the heal and dropped: their order against dropped ones is lost.
+    drop_older_than: Epoch,
+    chain: Option<ChainId>,
+    generation: Generation,
+    /// Newest assigned number; its hash is the last of `unreleased` or `released_hash`.
+    assigned: SequenceNumber,
+    released: SequenceNumber,
+    released_hash: StreamHash,
+    committed: SequenceNumber,
+    cleared: Option<(ChainId, SequenceNumber)>,
+    unreleased: VecDeque<Unreleased>,
+    /// How many of `unreleased` were sent in this link session, and their bytes.
+    sent: usize,
+    sent_bytes: u64,
+    consumed: u64,
+    gap_count: u64,
+    break_announced: bool,
+    closing: ClosingEpoch,
+    next_rotation: SourceTime,
+    next_proof: SourceTime,
+    heal_not_before: SourceTime,
+    heals_started: u64,
+    heal_attempts: u32,
+    now: SourceTime,
+    progress: HealProgress,
+}
+
+/// Bytes that a change without data counts against the receiver's window.
+const CHANGE_OVERHEAD_BYTES: u64 = 64;
+/// Longest pause between two attempts to heal, in nanoseconds.
+const HEAL_PAUSE_NS_MAX: u64 = 30_000_000_000;
+/// Pause after the first failed attempt, in nanoseconds; doubles with each.
+const HEAL_PAUSE_NS: u64 = 500_000_000;
+
+impl Sender {
+    /// A sender at its start. `need` is what the capture's continuity demands; `cleared` what the maps remember.
+    pub fn new(
+        config: SenderConfig,
+        need: HealNeed,
+        gap_count: u64,
+        cleared: Option<(ChainId, SequenceNumber)>,
+    ) -> Sender {
+        assert!(config.heal_chunk_bytes % crate::geometry::GRANULE_BYTES == 0, "chunks are whole granules");
+        let stream = match need {
+            HealNeed::Nothing => StreamState::Whole,
+            _ => StreamState::Broken { at: SequenceNumber(0), cause: "the agent started".into() },
+        };
+        Sender {
+            config,
+            link: Link::Down,
+            stream,
+            whole_needed: need == HealNeed::Whole,
+            heal: if need == HealNeed::Nothing { Heal::Idle } else { Heal::Wanted },
+            base_empty: false,
+            drop_older_than: Epoch(0),
+            chain: None,
+            generation: Generation(0),
+            assigned: SequenceNumber(0),
+            released: SequenceNumber(0),
+            released_hash: StreamHash::default(),
+            committed: SequenceNumber(0),
+            cleared,
+            unreleased: VecDeque::new(),
+            sent: 0,
+            sent_bytes: 0,
+            consumed: 0,
+            gap_count,
+            break_announced: false,
+            closing: ClosingEpoch::None,
+            next_rotation: SourceTime(0),
+            next_proof: SourceTime(0),
+            heal_not_before: SourceTime(0),
+            heals_started: 0,
+            heal_attempts: 0,
+            now: SourceTime(0),
+            progress: HealProgress::default(),
+        }
+    }
+
+    /// Whether a heal is needed, under way, or not yet committed.
+    pub fn is_healing(&self) -> bool {
+        !matches!(self.heal, Heal::Idle)
+    }
+
+    /// Whether the receiver has everything.
+    pub fn stream(&self) -> &StreamState {
+        &self.stream
+    }
+
+    /// The current or last heal's progress.
+    pub fn progress(&self) -> HealProgress {
+        self.progress
+    }
+
+    /// The watermarks this side knows: captured (assigned), sent, journaled, committed.
+    pub fn watermarks(&self) -> [SequenceNumber; 4] {
+        let sent = match self.sent {
+            0 => self.released,
+            sent => self.unreleased[sent - 1].change.sequence,
+        };
+        [self.assigned, sent, self.released, self.committed]
+    }
+
+    /// Unstreamed marks of this epoch and later ones break the stream; older ones belong to the heal or are cleared.
+    pub fn watched_from(&self) -> Epoch {
+        self.drop_older_than
+    }
+
+    /// Whether the link is up and everything assigned so far is journaled.
+    pub fn is_quiet(&self) -> bool {
+        matches!(self.link, Link::Up { .. }) && self.unreleased.is_empty()
+    }
+
+    /// Takes one event.
+    pub fn apply(&mut self, event: Event) -> Vec<Action> {
+        let mut out = Vec::new();
+        match event {
+            Event::LinkUp { now, disks } => {
+                self.now = now;
+                self.link = Link::Greeting;
+                out.push(Action::Send(Message::Hello(self.hello(disks))));
+            }
+            Event::LinkDown => self.link_down(),
+            Event::Received(message) => self.received(message, &mut out),
+            Event::Captured(request) => self.captured(request, &mut out),
+            Event::Report(report) => self.report(report, &mut out),
+            Event::Tick { now, drained } => self.tick(now, drained, &mut out),
+            Event::Rotated(epoch) => self.rotated(epoch, &mut out),
+            Event::Settled { epoch, producer } => self.settled(epoch, producer, &mut out),
+            Event::HealSet(set) => self.heal_set(set, &mut out),
+            Event::HealRead { disk, range, leaves, data } => {
+                if let Heal::Running(run) = &mut self.heal {
+                    run.read(disk, range, leaves, data);
+                    self.progress = run.progress();
+                }
+            }
+            Event::HealFetched { disk, range, data } => {
+                if let Heal::Running(run) = &mut self.heal {
+                    run.fetched(disk, range, data);
+                }
+            }
+            Event::Producer(target) => {
+                if let Heal::Sampling(heal) = self.heal {
+                    self.heal = Heal::Ending { heal, target };
+                }
+            }
+        }
+        out
+    }
+
+    /// What can be sent or asked now. Call after feeding a round of events; stream changes come before heal work.
+    pub fn pump(&mut self) -> Vec<Action> {
+        let mut out = Vec::new();
+        let Link::Up { window_bytes } = self.link else { return out };
+        self.send_changes(window_bytes, &mut out);
+        if self.sent < self.unreleased.len() {
+            return out;
+        }
+        self.announce_break(&mut out);
+        if let Heal::Wanted = self.heal
+            && matches!(self.stream, StreamState::Broken { .. })
+            && self.now >= self.heal_not_before
+        {
+            self.heal = Heal::Rotating;
+            out.push(Action::Rotate { for_heal: true });
+        }
+        if let Heal::Running(run) = &mut self.heal {
+            let mut finished = false;
+            for step in run.pump() {
+                match step {
+                    HealStep::Read { disk, range } => out.push(Action::ReadForHeal { disk, range }),
+                    HealStep::Fetch { disk, range } => out.push(Action::FetchForHeal { disk, range }),
+                    HealStep::Send(message) => out.push(Action::Send(message)),
+                    HealStep::Finished => finished = true,
+                }
+            }
+            self.progress = run.progress();
+            if finished {
+                self.heal = Heal::Sampling(run.heal());
+                out.push(Action::SampleProducer);
+            }
+        }
+        out
+    }
+
+    fn hello(&self, disks: Vec<DiskGeometry>) -> Hello {
+        let resume = self.chain.map(|chain| Resume {
+            chain,
+            generation: self.generation,
+            released: self.released,
+            sent: self.assigned,
+        });
+        let need = match (&self.stream, self.whole_needed) {
+            (_, true) => HealNeed::Whole,
+            (StreamState::Whole | StreamState::Draining { .. }, false) if !self.is_healing() => HealNeed::Nothing,
+            _ => HealNeed::Maps,
+        };
+        Hello {
+            version: PROTOCOL_VERSION,
+            machine: self.config.machine,
+            instance: self.config.instance,
+            boot: self.config.boot,
+            vm_generation: self.config.vm_generation,
+            name: self.config.name.clone(),
+            disks,
+            resume,
+            need,
+            cleared: self.cleared,
+            now: self.now,
+        }
+    }
+
+    fn link_down(&mut self) {
+        self.link = Link::Down;
+        self.sent = 0;
+        self.sent_bytes = 0;
+        self.break_announced = false;
+        self.want_heal_again(false);
+    }
+
+    /// An unfinished heal starts over; a break's pause grows, a lost link costs none.
+    fn want_heal_again(&mut self, pause: bool) {
+        if matches!(self.heal, Heal::Idle) {
+            return;
+        }
+        self.heal = Heal::Wanted;
+        if pause {
+            self.heal_attempts = (self.heal_attempts + 1).min(16);
+            let wait = (HEAL_PAUSE_NS << self.heal_attempts.min(8)).min(HEAL_PAUSE_NS_MAX);
+            self.heal_not_before = SourceTime(self.now.0.saturating_add(wait));
+        }
+        // The link may be gone before the rotation's older requests were ever consumed: the stream they belong to
+        // is judged again at the next handshake.
+        if matches!(self.stream, StreamState::Whole) {
+            self.stream = StreamState::Broken { at: self.assigned, cause: "the heal was interrupted".into() };
+        }
+    }
+
+    fn received(&mut self, message: Message, out: &mut Vec<Action>) {
+        match (message, &self.link) {
+            (Message::Welcome(welcome), Link::Greeting) => self.welcomed(welcome, out),
+            (Message::Refuse { reason, .. }, _) => out.push(Action::Refused(reason)),
+            (Message::Ack { journaled, committed, window_bytes }, Link::Up { .. }) => {
+                if journaled > self.assigned || journaled < self.released {
+                    out.push(Action::Disconnect(format!(
+                        "the receiver acknowledged {journaled}, which was never sent"
+                    )));
+                    return;
+                }
+                self.link = Link::Up { window_bytes };
+                self.release(journaled, out);
+                self.committed = self.committed.max(committed);
+                self.clear_closed_epoch(out);
+            }
+            (Message::Wants { heal, offer, wanted }, Link::Up { .. }) => {
+                if let Heal::Running(run) = &mut self.heal
+                    && run.heal() == heal
+                    && let Err(problem) = run.wants(offer, &wanted)
+                {
+                    out.push(Action::Disconnect(problem.into()));
+                }
+            }
+            (Message::HealCredit { heal, received_bytes }, Link::Up { .. }) => {
+                if let Heal::Running(run) = &mut self.heal
+                    && run.heal() == heal
+                {
+                    run.credit(received_bytes);
+                }
+            }
+            (Message::HealCommitted { heal }, Link::Up { .. }) => self.heal_committed(heal, out),
+            (Message::HealRestart { reason, .. }, Link::Up { .. }) => {
+                self.break_stream(reason);
+                self.want_heal_again(true);
+            }
+            (other, _) => {
+                out.push(Action::Disconnect(format!("unexpected message {:?}", std::mem::discriminant(&other))))
+            }
+        }
+    }
+
+    fn welcomed(&mut self, welcome: Welcome, out: &mut Vec<Action>) {
+        if welcome.version != PROTOCOL_VERSION {
+            out.push(Action::Refused(format!("the receiver speaks protocol version {}", welcome.version)));
+            return;
+        }
+        if welcome.continues {
+            if !self.agrees_with(&welcome) {
+                // Must 7: one of the two is not what it was. Nothing about the stream can be trusted any more.
+                self.lose_stream("sender and receiver disagree about the stream's past", out);
+                self.whole_needed = true;
+                out.push(Action::Disconnect("the stream's history differs; a full comparison follows".into()));
+                return;
+            }
+            self.release(welcome.resume_after, out);
+        } else {
+            self.lose_stream("the receiver cannot continue the stream", out);
+            self.released = welcome.resume_after;
+            self.released_hash = welcome.hash;
+            self.assigned = welcome.resume_after;
+        }
+        self.whole_needed |= welcome.need == HealNeed::Whole;
+        if welcome.need != HealNeed::Nothing && matches!(self.heal, Heal::Idle) {
+            self.break_stream("the receiver lacks part of the disks".into());
+            self.heal = Heal::Wanted;
+        }
+        self.chain = Some(welcome.chain);
+        self.generation = welcome.generation;
+        self.assigned = self.assigned.max(welcome.generation.base());
+        self.committed = welcome.committed;
+        self.base_empty = welcome.base_empty;
+        self.link = Link::Up { window_bytes: welcome.window_bytes };
+        self.next_proof = self.now;
+    }
+
+    fn agrees_with(&self, welcome: &Welcome) -> bool {
+        if Some(welcome.chain) != self.chain || welcome.committed < self.committed {
+            return false;
+        }
+        let hash = if welcome.resume_after == self.released {
+            Some(self.released_hash)
+        } else {
+            self.unreleased
+                .binary_search_by_key(&welcome.resume_after, |entry| entry.change.sequence)
+                .ok()
+                .map(|index| self.unreleased[index].hash)
+        };
+        hash == Some(welcome.hash)
+    }
+
+    /// Forgets what was not journaled: the maps name it.
+    fn lose_stream(&mut self, cause: &str, out: &mut Vec<Action>) {
+        self.unreleased.clear();
+        self.sent = 0;
+        self.sent_bytes = 0;
+        self.chain = None;
+        self.closing = ClosingEpoch::None;
+        self.break_stream(cause.into());
+        // What the ring still holds belongs to the lost stream too; the coming rotation's epoch is the new start.
+        self.drop_older_than = Epoch(u32::MAX);
+        if matches!(self.heal, Heal::Idle) {
+            self.heal = Heal::Wanted;
+        }
+        out.push(Action::Release(self.consumed));
+    }
+
+    fn break_stream(&mut self, cause: String) {
+        if !matches!(self.stream, StreamState::Broken { .. }) {
+            self.stream = StreamState::Broken { at: self.assigned, cause };
+        }
+    }
+
+    fn captured(&mut self, request: Request, out: &mut Vec<Action>) {
+        debug_assert!(request.ring_end > self.consumed || self.consumed == 0, "requests come in ring order");
+        self.consumed = request.ring_end;
+        if request.epoch < self.drop_older_than {
+            // Its space is freed together with the newest change that still needs the ring, or now.
+            match self.unreleased.back_mut() {
+                Some(last) => last.ring_end = Some(request.ring_end),
+                None => out.push(Action::Release(request.ring_end)),
+            }
+            return;
+        }
+        let pieces = request.kinds.len();
+        assert!(pieces > 0, "a request has at least one piece");
+        for (index, kind) in request.kinds.into_iter().enumerate() {
+            let last = index + 1 == pieces;
+            self.append(kind, request.disk, request.time, !last, last.then_some(request.ring_end));
+        }
+    }
+
+    fn append(&mut self, kind: ChangeKind, disk: DiskId, time: SourceTime, continues: bool, ring_end: Option<u64>) {
+        self.assigned = self.assigned.next();
+        let change = Change { sequence: self.assigned, time, disk, continues, kind };
+        let before = self.unreleased.back().map_or(self.released_hash, |entry| entry.hash);
+        let hash = change.extend_hash(before);
+        self.unreleased.push_back(Unreleased { change, hash, ring_end });
+    }
+
+    fn release(&mut self, through: SequenceNumber, out: &mut Vec<Action>) {
+        let mut ring_end = None;
+        while let Some(entry) = self.unreleased.front()
+            && entry.change.sequence <= through
+        {
+            ring_end = entry.ring_end.or(ring_end);
+            self.released = entry.change.sequence;
+            self.released_hash = entry.hash;
+            if self.sent > 0 {
+                self.sent -= 1;
+                self.sent_bytes -= window_cost(&entry.change);
+            }
+            self.unreleased.pop_front();
+        }
+        if self.unreleased.is_empty() {
+            // Includes requests that were dropped because a heal covers them.
+            ring_end = Some(self.consumed);
+        }
+        out.extend(ring_end.map(Action::Release));
+    }
+
+    fn send_changes(&mut self, window_bytes: u64, out: &mut Vec<Action>) {
+        while self.sent < self.unreleased.len() && (self.sent_bytes < window_bytes) {
+            let mut batch = Vec::new();
+            let mut bytes = 0;
+            while let Some(entry) = self.unreleased.get(self.sent)
+                && batch.len() < limits::BATCH_CHANGES_MAX
+                && bytes < limits::BATCH_BYTES_TARGET
+                && self.sent_bytes < window_bytes
+            {
+                bytes += entry.change.kind.data_len();
+                self.sent_bytes += window_cost(&entry.change);
+                batch.push(entry.change.clone());
+                self.sent += 1;
+            }
+            out.push(Action::Send(Message::Changes(batch)));
+        }
+    }
+
+    fn announce_break(&mut self, out: &mut Vec<Action>) {
+        if let StreamState::Broken { at, cause } = &self.stream
+            && !self.break_announced
+        {
+            self.break_announced = true;
+            let at = (*at).max(self.released);
+            out.push(Action::Send(Message::Break { at, cause: cause.clone() }));
+        }
+    }
+
+    fn report(&mut self, report: CaptureReport, out: &mut Vec<Action>) {
+        let broke = report.gap_count != self.gap_count || report.unstreamed;
+        let cause = if report.gap_count != self.gap_count { report.gap_cause } else { "a write failed".to_owned() };
+        self.gap_count = report.gap_count;
+        if broke && matches!(self.stream, StreamState::Whole) {
+            self.stream = StreamState::Draining { until: report.producer, cause: cause.clone() };
+        }
+        if broke && !matches!(self.heal, Heal::Idle | Heal::Wanted | Heal::Rotating) {
+            self.abort_heal(cause, report.producer, out);
+        }
+        if broke && matches!(self.heal, Heal::Idle) {
+            self.heal = Heal::Wanted;
+        }
+        if let StreamState::Draining { until, cause } = &self.stream
+            && self.consumed >= *until
+        {
+            self.stream = StreamState::Broken { at: self.assigned, cause: cause.clone() };
+            self.break_announced = false;
+        }
+        self.epoch_consumed(out);
+        if let Heal::Ending { heal, target } = self.heal
+            && self.consumed >= target
+            && matches!(self.link, Link::Up { .. })
+            && self.sent == self.unreleased.len()
+        {
+            // The gap count was read after everything up to the sampled position had been consumed.
+            out.push(Action::Send(Message::HealEnd { heal, end: self.assigned }));
+            self.heal = Heal::Ended { heal, end: self.assigned };
+            self.stream = StreamState::Whole;
+        }
+    }
+
+    fn abort_heal(&mut self, cause: String, producer: u64, out: &mut Vec<Action>) {
+        let heal = match &self.heal {
+            Heal::Running(run) => Some(run.heal()),
+            Heal::Sampling(heal) | Heal::Ending { heal, .. } => Some(*heal),
+            Heal::Collecting { .. } | Heal::Settling { .. } | Heal::Ended { .. } => None,
+            Heal::Idle | Heal::Wanted | Heal::Rotating => return,
+        };
+        if let Some(heal) = heal {
+            out.push(Action::Send(Message::HealAbort { heal, cause: cause.clone() }));
+        }
+        self.heal = Heal::Idle;
+        // The stream since p0 is a prefix up to the drop: let it drain, then break again.
+        self.stream = StreamState::Draining { until: producer, cause };
+        self.heal = Heal::Wanted;
+        self.want_heal_again(true);
+    }
+
+    fn tick(&mut self, now: SourceTime, drained: bool, out: &mut Vec<Action>) {
+        self.now = now;
+        if !matches!(self.link, Link::Up { .. }) {
+            return;
+        }
+        let everything_sent = self.sent == self.unreleased.len();
+        if drained && everything_sent && now >= self.next_proof {
+            self.next_proof = SourceTime(now.0 + self.config.proof_every_ns);
+            let whole = matches!(self.stream, StreamState::Whole);
+            // In a gap the message still tells the receiver that we live; it proves nothing.
+            let time = if whole { now } else { SourceTime(0) };
+            out.push(Action::Send(Message::Proof { captured: self.assigned, time, now }));
+        }
+        if now >= self.next_rotation
+            && matches!(self.closing, ClosingEpoch::None)
+            && matches!(self.heal, Heal::Idle)
+            && matches!(self.stream, StreamState::Whole)
+        {
+            self.next_rotation = SourceTime(now.0 + self.config.rotate_every_ns);
+            out.push(Action::Rotate { for_heal: false });
+        }
+        if matches!(self.heal, Heal::Rotating) {
+            out.push(Action::Rotate { for_heal: true });
+        }
+    }
+
+    fn rotated(&mut self, epoch: Option<Epoch>, out: &mut Vec<Action>) {
+        let Some(epoch) = epoch else { return };
+        if let Heal::Rotating = self.heal {
+            // p0 is assigned here, before any request of the new epoch was consumed: all of them lie above it.
+            self.heals_started += 1;
+            let heal = HealId(self.heals_started);
+            self.append(ChangeKind::HealStart { heal }, DiskId(0), self.now, false, None);
+            let p0 = self.assigned;
+            self.drop_older_than = epoch;
+            self.closing = ClosingEpoch::None;
+            self.heal = Heal::Settling { heal, p0, epoch };
+            if self.whole_needed {
+                out.push(Action::RequireWhole);
+            }
+            out.push(Action::AwaitSettled(epoch));
+        } else if matches!(self.closing, ClosingEpoch::None) {
+            let closed = Epoch(epoch.0 - 1);
+            self.closing = ClosingEpoch::Settling { epoch: closed };
+            out.push(Action::AwaitSettled(epoch));
+        }
+    }
+
+    fn settled(&mut self, epoch: Epoch, producer: u64, out: &mut Vec<Action>) {
+        match self.heal {
+            Heal::Settling { heal, p0, epoch: waiting } if waiting == epoch => {
+                self.heal = Heal::Collecting { heal, p0 };
+                out.push(Action::CollectHealSet(epoch));
+            }
+            _ => {
+                if let ClosingEpoch::Settling { epoch: closed } = self.closing
+                    && closed.next() == epoch
+                {
+                    self.closing = ClosingEpoch::Consuming { epoch: closed, until: producer };
+                    self.epoch_consumed(out);
+                }
+            }
+        }
+    }
+
+    fn epoch_consumed(&mut self, out: &mut Vec<Action>) {
+        if let ClosingEpoch::Consuming { epoch, until } = self.closing
+            && self.consumed >= until
+        {
+            self.closing = ClosingEpoch::Committing { epoch, through: self.assigned };
+            self.clear_closed_epoch(out);
+        }
+    }
+
+    fn clear_closed_epoch(&mut self, out: &mut Vec<Action>) {
+        if let (ClosingEpoch::Committing { epoch, through }, Some(chain)) = (&self.closing, self.chain)
+            && self.committed >= *through
+            && matches!(self.stream, StreamState::Whole)
+        {
+            let committed = self.committed;
+            self.cleared = Some((chain, committed));
+            out.push(Action::ClearEpoch { epoch: *epoch, chain, committed });
+            self.closing = ClosingEpoch::None;
+        }
+    }
+
+    fn heal_set(&mut self, set: Vec<(DiskId, Vec<ByteRange>)>, out: &mut Vec<Action>) {
+        let Heal::Collecting { heal, p0 } = self.heal else { return };
+        if !matches!(self.link, Link::Up { .. }) {
+            return;
+        }
+        let run = HealRun::new(heal, set, self.base_empty, self.config.heal_chunk_bytes);
+        self.progress = run.progress();
+        out.push(Action::Send(Message::HealBegin {
+            heal,
+            p0,
+            whole: self.whole_needed,
+            hashes: self.config.hashes.clone(),
+            planned_bytes: run.progress().planned_bytes,
+        }));
+        self.heal = Heal::Running(Box::new(run));
+    }
+
+    fn heal_committed(&mut self, heal: HealId, out: &mut Vec<Action>) {
+        if let Heal::Ended { heal: ended, end } = self.heal
+            && ended == heal
+            && let Some(chain) = self.chain
+        {
+            self.committed = self.committed.max(end);
+            self.heal = Heal::Idle;
+            self.heal_attempts = 0;
+            self.whole_needed = false;
+            self.cleared = Some((chain, self.committed));
+            out.push(Action::ClearHealSet { chain, committed: self.committed });
+        }
+    }
+}
+
+fn window_cost(change: &Change) -> u64 {
+    change.kind.data_len() as u64 + CHANGE_OVERHEAD_BYTES
+}
