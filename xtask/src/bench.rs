@@ -33,6 +33,7 @@ pub(crate) struct Options {
     only: Vec<String>,
     scratch: Option<PathBuf>,
     keep: bool,
+    write: bool,
     no_install: bool,
     list: bool,
 }
@@ -41,15 +42,26 @@ impl Options {
     /// # Errors
     /// A sentence about the wrong argument.
     pub(crate) fn parse(arguments: &[String]) -> Result<Options, String> {
-        let mut options =
-            Options { size: SIZE, only: Vec::new(), scratch: None, keep: false, no_install: false, list: false };
+        let mut options = Options {
+            size: SIZE,
+            only: Vec::new(),
+            scratch: None,
+            keep: false,
+            write: false,
+            no_install: false,
+            list: false,
+        };
         let mut arguments = arguments.iter();
         while let Some(argument) = arguments.next() {
             let mut value = || arguments.next().ok_or(format!("{argument} needs a value"));
             match argument.as_str() {
-                "--full" => options.size = SIZE_FULL,
+                "--full" => {
+                    options.size = SIZE_FULL;
+                    options.write = true;
+                }
                 "--size" => options.size = parse_size(value()?)?,
                 "--scratch" => options.scratch = Some(PathBuf::from(value()?)),
+                "--write" => options.write = true,
                 "--keep" => options.keep = true,
                 "--no-install" => options.no_install = true,
                 "--list" => options.list = true,
@@ -101,19 +113,26 @@ impl Question {
         }
     }
 
-    /// The row to which the others of the table are compared.
-    fn baseline(self) -> Option<&'static str> {
+    /// The row whose time the others of the table are compared with.
+    fn time_baseline(self) -> &'static str {
         match self {
-            Question::FirstCopy => Some(cases::ZSTD_ROW),
-            Question::AfterRandomWrites | Question::WholeRead => None,
+            Question::FirstCopy => cases::ZSTD_ROW,
+            Question::AfterRandomWrites => cases::RESTIC_BACKUP_ROW,
+            Question::WholeRead => cases::RESTIC_DUMP_ROW,
         }
+    }
+
+    /// The row whose stored bytes the others are compared with.
+    fn stored_baseline(self) -> &'static str {
+        cases::RESTIC_BACKUP_ROW
     }
 }
 
-/// What is promised about a row, as a ratio of its wall time to the table's baseline.
-#[derive(Debug, Clone, Copy, PartialEq)]
+/// What is promised about a row, as ratios to the baselines of its table.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
 struct Target {
-    wall_ratio_max: f64,
+    time_ratio_max: Option<f64>,
+    stored_ratio_max: Option<f64>,
 }
 
 /// One line of a table.
@@ -125,13 +144,13 @@ struct Row {
     /// Bytes the tool's repository grew by; `None` where nothing is stored.
     stored_bytes: Option<u64>,
     /// What we promised; peers have none.
-    target: Option<Target>,
+    target: Target,
     note: String,
 }
 
 impl Row {
     fn new(question: Question, name: impl Into<String>, usage: Usage) -> Row {
-        Row { question, name: name.into(), usage, stored_bytes: None, target: None, note: String::new() }
+        Row { question, name: name.into(), usage, stored_bytes: None, target: Target::default(), note: String::new() }
     }
 
     fn stored(mut self, bytes: u64) -> Row {
@@ -168,7 +187,8 @@ pub(crate) fn run(options: &Options) -> Result<bool> {
     let workspace = Workspace::load()?;
     let permission = if options.no_install { Permission::Never } else { Permission::Ask };
     components::provide(components::FOR_BENCHMARKS, permission)?;
-    let base = options.scratch.clone().unwrap_or_else(|| workspace.target.join("bench"));
+    // A directory of our own even below the given one: it is removed at the end.
+    let base = options.scratch.as_ref().unwrap_or(&workspace.target).join("farshore-bench");
     fs::create_dir_all(&base).with_context(|| format!("cannot create {}", base.display()))?;
     let disk = Reference::provide(&base, options.size)?;
     let mut rows = Vec::new();
@@ -206,7 +226,9 @@ pub(crate) fn run(options: &Options) -> Result<bool> {
     }
     let text = report::render(&rows, &left_out, &disk, &report::Machine::here()?);
     println!("\n{text}");
-    if options.only.is_empty() && failed == 0 {
+    if !options.write {
+        println!("docs/benchmarks.md is left as it was: it is written with --full or --write");
+    } else if options.only.is_empty() && failed == 0 {
         report::write(&workspace.root, &text)?;
     } else {
         println!("docs/benchmarks.md is left as it was: not every case was measured");

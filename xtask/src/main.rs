@@ -24,10 +24,11 @@ usage: cargo xtask <command> [options]
             --seeds N      how many seeds the simulation runs (default 200, with --quick 20)
             --list         print the stages and stop
   tidy    check the rules about the source tree
-  bench   measure beside peers and write docs/benchmarks.md
+  bench   measure beside peers
             --size BYTES   size of the reference disk, e.g. 2GiB (default 1GiB)
-            --full         the reference disk of the published table: 16 GiB
-            --only CASE    run just this case (repeatable); the table is then printed, not written
+            --full         the reference disk of the published table, 16 GiB, and --write
+            --write        write the table to docs/benchmarks.md, if every case was measured
+            --only CASE    run just this case (repeatable)
             --scratch DIR  where disks and repositories go (default: below the target directory)
             --keep         leave the reference disk there for the next run
             --no-install   leave out peers that are not installed

@@ -6,6 +6,7 @@ use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -74,17 +75,17 @@ pub(crate) fn run_watching(command: &mut Command, mut line: impl FnMut(&str)) ->
     Ok(())
 }
 
-/// What a whole process, with the children it waited for, has used.
+/// What processes have used, each with its descendants.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct Usage {
     pub(crate) wall: Duration,
     pub(crate) user: Duration,
     pub(crate) system: Duration,
-    /// Largest resident set, in bytes, of the process and its descendants together.
+    /// Largest resident set, in bytes, of all of them together.
     pub(crate) resident_bytes_max: u64,
 }
 
-/// Runs silently to its end and measures it. What it printed is shown only if it fails.
+/// Runs silently to its end and measures it. What it printed on standard error is shown only if it fails.
 pub(crate) fn measure(command: &mut Command) -> Result<Usage> {
     let description = describe(command);
     let started = Instant::now();
@@ -100,7 +101,8 @@ pub(crate) fn measure(command: &mut Command) -> Result<Usage> {
         let outcome = errors.read_to_end(&mut text);
         outcome.map(|_| String::from_utf8_lossy(&text).into_owned())
     });
-    let usage = watch_to_end(&child, started)?;
+    // Not reaped yet when it is measured: the processor time of a dead but unreaped process is exact.
+    let ((), usage) = measure_processes(&[child.id()], started, || wait_without_reaping(&child))?;
     let status = child.wait().context("cannot wait for the command")?;
     let printed = reader.join().ok().and_then(Result::ok).unwrap_or_default();
     if !status.success() {
@@ -109,42 +111,57 @@ pub(crate) fn measure(command: &mut Command) -> Result<Usage> {
     Ok(usage)
 }
 
-/// Waits until the child has ended, leaving it to be reaped by its owner.
+/// Measures running processes, such as the roles of a product under test, from `started` until `work` is done.
 ///
-/// Processor time is read from the dead but unreaped process and therefore exact; the memory of a dead process is
-/// gone, so its high-water mark is sampled by a thread and may miss the last 20 ms.
-fn watch_to_end(child: &Child, started: Instant) -> Result<Usage> {
-    let id = child.id();
-    let pid = i32::try_from(id).ok().and_then(Pid::from_raw).context("a child without a process id")?;
+/// They may have ended by then, but must not have been reaped. Memory is sampled every 20 ms as the high-water mark of
+/// each process, so peaks between samples count and only growth in the last 20 ms of a process may be missed.
+pub(crate) fn measure_processes<T>(
+    pids: &[u32],
+    started: Instant,
+    work: impl FnOnce() -> Result<T>,
+) -> Result<(T, Usage)> {
+    let time = || -> Result<(Duration, Duration)> {
+        pids.iter().try_fold((Duration::ZERO, Duration::ZERO), |(user, system), &pid| {
+            let used = processor_time(pid).with_context(|| format!("process {pid} is not listed in /proc"))?;
+            Ok((user + used.0, system + used.1))
+        })
+    };
+    let (user_before, system_before) = time()?;
     let peak = AtomicU64::new(0);
-    std::thread::scope(|scope| {
-        let (ended, wait_for_end) = std::sync::mpsc::sync_channel::<()>(1);
-        scope.spawn({
-            let peak = &peak;
-            move || {
-                loop {
-                    peak.fetch_max(resident_bytes_of_tree(id), Ordering::Relaxed);
-                    if wait_for_end.recv_timeout(SAMPLE_INTERVAL) != Err(std::sync::mpsc::RecvTimeoutError::Timeout) {
-                        return;
-                    }
+    let done = std::thread::scope(|scope| {
+        let (ended, wait_for_end) = mpsc::sync_channel::<()>(1);
+        let peak = &peak;
+        scope.spawn(move || {
+            loop {
+                peak.fetch_max(pids.iter().map(|&pid| resident_bytes_of_tree(pid)).sum(), Ordering::Relaxed);
+                if wait_for_end.recv_timeout(SAMPLE_INTERVAL) != Err(mpsc::RecvTimeoutError::Timeout) {
+                    return;
                 }
             }
         });
-        while let Err(error) = waitid(WaitId::Pid(pid), WaitIdOptions::EXITED | WaitIdOptions::NOWAIT) {
-            if error != rustix::io::Errno::INTR {
-                return Err(error).context("cannot wait for the command");
-            }
-        }
-        let wall = started.elapsed();
+        let done = work();
         drop(ended);
-        let (user, system) = processor_time(id).context("the ended process is not listed in /proc")?;
-        Ok((wall, user, system))
-    })
-    .map(|(wall, user, system)| Usage { wall, user, system, resident_bytes_max: peak.load(Ordering::Relaxed) })
+        done
+    })?;
+    let wall = started.elapsed();
+    let (user, system) = time()?;
+    let (user, system) = (user.saturating_sub(user_before), system.saturating_sub(system_before));
+    Ok((done, Usage { wall, user, system, resident_bytes_max: peak.load(Ordering::Relaxed) }))
+}
+
+fn wait_without_reaping(child: &Child) -> Result<()> {
+    let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw).context("a child without a process id")?;
+    loop {
+        match waitid(WaitId::Pid(pid), WaitIdOptions::EXITED | WaitIdOptions::NOWAIT) {
+            Ok(_) => return Ok(()),
+            Err(error) if error == rustix::io::Errno::INTR => {}
+            Err(error) => return Err(error).context("cannot wait for the command"),
+        }
+    }
 }
 
 /// User and system time of a process and of its children that were waited for, so far.
-pub(crate) fn processor_time(pid: u32) -> Option<(Duration, Duration)> {
+fn processor_time(pid: u32) -> Option<(Duration, Duration)> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     parse_processor_time(&stat)
 }
@@ -160,7 +177,7 @@ fn parse_processor_time(stat: &str) -> Option<(Duration, Duration)> {
 }
 
 /// Resident bytes of a process and all its descendants, now.
-pub(crate) fn resident_bytes_of_tree(pid: u32) -> u64 {
+fn resident_bytes_of_tree(pid: u32) -> u64 {
     let own = fs::read_to_string(format!("/proc/{pid}/status")).ok().and_then(|s| parse_resident(&s)).unwrap_or(0);
     let children = fs::read_dir(format!("/proc/{pid}/task"))
         .into_iter()

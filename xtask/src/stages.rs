@@ -278,7 +278,8 @@ fn tests_stage(session: &Session) -> Result<()> {
         let words = ["test", "--workspace", "--all-targets", "--locked", "--no-fail-fast", "--", "--show-output"];
         return session.run_noting_skips(session.cargo(&words));
     }
-    let report = session.workspace.target.join("nextest/ci/junit.xml");
+    // Nextest keeps its reports here whatever the target directory is.
+    let report = session.workspace.root.join("target/nextest/ci/junit.xml");
     // A report of an earlier run must not be taken for this one's.
     if report.exists() {
         fs::remove_file(&report).context("cannot remove the last test report")?;

@@ -11,6 +11,10 @@ use super::Case;
 /// The row that stands for the cost of compression alone.
 pub(super) const ZSTD_ROW: &str = "zstd -1 -T2";
 
+/// The rows that stand for today's good backup tool.
+pub(super) const RESTIC_BACKUP_ROW: &str = "restic backup";
+pub(super) const RESTIC_DUMP_ROW: &str = "restic dump";
+
 /// Every case, in the order in which they run.
 pub(super) fn all() -> Vec<Box<dyn Case>> {
     vec![

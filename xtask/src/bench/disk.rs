@@ -129,7 +129,11 @@ fn copy_files(from: &Path, to: &Path, left: &mut u64) -> Result<()> {
     for entry in entries {
         let Ok(meta) = entry.metadata() else { continue };
         let target = to.join(entry.file_name());
+        if *left < BLOCK {
+            return Ok(());
+        }
         if meta.is_dir() {
+            *left -= BLOCK;
             copy_files(&entry.path(), &target, left)?;
         } else if meta.is_symlink() {
             symlink(fs::read_link(entry.path())?, &target)?;
@@ -203,7 +207,7 @@ mod tests {
             fs::write(from.join(name), [1; 5000]).unwrap();
         }
         symlink("a", from.join("link")).unwrap();
-        let mut left = 2 * 8192;
+        let mut left = 2 * 8192 + BLOCK;
         copy_files(&from, &base.join("to"), &mut left).unwrap();
         assert_eq!(left, 0);
         assert!(base.join("to/a").exists() && base.join("to/deep/b").exists() && !base.join("to/z").exists());

@@ -4,6 +4,7 @@ use std::fmt::Write as _;
 use std::fs;
 use std::path::Path;
 use std::process::Command;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 
@@ -82,36 +83,60 @@ pub(super) fn render(rows: &[Row], left_out: &[String], disk: &Reference, machin
 }
 
 fn table(question: Question, rows: &[&Row], disk: &Reference) -> String {
-    let baseline = question.baseline().and_then(|name| rows.iter().find(|row| row.name == name));
-    let ratio_title = baseline.map_or_else(|| "ratio".to_owned(), |row| format!("× {}", row.name));
-    let titles = ["what", "wall", "user", "system", "memory", "used bytes per s", "stored", &ratio_title, "note"];
-    let mut cells = vec![titles.map(str::to_owned).to_vec()];
+    let wall = |row: &Row| row.usage.wall.as_secs_f64();
+    let time_base = rows.iter().find(|row| row.name == question.time_baseline()).map(|row| wall(row));
+    let stored_base = rows.iter().find(|row| row.name == question.stored_baseline()).and_then(|row| row.stored_bytes);
+    let time_title = format!("× {}", question.time_baseline());
+    let stored_title = format!("× {}", question.stored_baseline());
+    let titles = ["what", "wall", &time_title, "used bytes per s", "user", "system", "memory"];
+    let mut titles = titles.map(str::to_owned).to_vec();
+    let stores = rows.iter().any(|row| row.stored_bytes.is_some());
+    if stores {
+        titles.extend(["stored".to_owned(), stored_title]);
+    }
+    titles.push("note".to_owned());
+    let mut cells = vec![titles];
+    let shown = |ratio: Option<f64>| ratio.map_or_else(String::new, |ratio| format!("{ratio:.2}"));
     for row in rows {
-        let wall = row.usage.wall.as_secs_f64();
-        let ratio = baseline.map(|base| wall / base.usage.wall.as_secs_f64());
-        let verdict = match (row.target, ratio) {
-            (Some(target), Some(ratio)) if ratio <= target.wall_ratio_max => {
-                format!("target ≤ {:.2} met", target.wall_ratio_max)
-            }
-            (Some(target), Some(_)) => format!("target ≤ {:.2} missed", target.wall_ratio_max),
-            (Some(target), None) => format!("target ≤ {:.2}, baseline not measured", target.wall_ratio_max),
-            (None, _) => String::new(),
-        };
-        let note =
-            [verdict, row.note.clone()].into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join("; ");
-        cells.push(vec![
+        let time_ratio = time_base.map(|base| wall(row) / base);
+        let stored_ratio = row.stored_bytes.zip(stored_base).map(|(bytes, base)| bytes as f64 / base as f64);
+        let mut cell = vec![
             row.name.clone(),
-            format!("{wall:.1} s"),
-            format!("{:.1} s", row.usage.user.as_secs_f64()),
-            format!("{:.1} s", row.usage.system.as_secs_f64()),
+            seconds(row.usage.wall),
+            shown(time_ratio),
+            format!("{:.0} MiB", disk.used_bytes as f64 / MIB as f64 / wall(row).max(0.001)),
+            seconds(row.usage.user),
+            seconds(row.usage.system),
             format!("{} MiB", row.usage.resident_bytes_max / MIB),
-            format!("{:.0} MiB", disk.used_bytes as f64 / MIB as f64 / wall.max(0.001)),
-            row.stored_bytes.map_or_else(String::new, |bytes| format!("{} MiB", bytes / MIB)),
-            ratio.map_or_else(String::new, |ratio| format!("{ratio:.2}")),
-            note,
-        ]);
+        ];
+        if stores {
+            cell.push(row.stored_bytes.map_or_else(String::new, |bytes| format!("{} MiB", bytes / MIB)));
+            cell.push(shown(stored_ratio));
+        }
+        let verdicts = [
+            verdict("time", row.target.time_ratio_max, time_ratio),
+            verdict("stored", row.target.stored_ratio_max, stored_ratio),
+            row.note.clone(),
+        ];
+        cell.push(verdicts.into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join("; "));
+        cells.push(cell);
     }
     aligned(&cells)
+}
+
+/// What became of a promise; empty without one.
+fn verdict(what: &str, ratio_max: Option<f64>, ratio: Option<f64>) -> String {
+    match (ratio_max, ratio) {
+        (None, _) => String::new(),
+        (Some(max), None) => format!("{what} target ≤ {max:.2}: nothing to compare with"),
+        (Some(max), Some(ratio)) if ratio <= max => format!("{what} target ≤ {max:.2} met"),
+        (Some(max), Some(_)) => format!("{what} target ≤ {max:.2} MISSED"),
+    }
+}
+
+fn seconds(time: Duration) -> String {
+    let seconds = time.as_secs_f64();
+    if seconds < 10.0 { format!("{seconds:.2} s") } else { format!("{seconds:.1} s") }
 }
 
 /// A Markdown table with columns of equal width; the first row is the header. Figures stand right.
@@ -161,6 +186,14 @@ fn replace_measured(page: &str, measured: &str) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn promises_are_judged_and_never_dropped() {
+        assert_eq!(verdict("time", None, Some(3.0)), "");
+        assert!(verdict("time", Some(1.5), Some(1.5)).ends_with("met"));
+        assert!(verdict("time", Some(1.5), Some(1.51)).ends_with("MISSED"));
+        assert!(verdict("stored", Some(1.0), None).contains("nothing to compare"));
+    }
 
     #[test]
     fn columns_are_aligned_and_figures_stand_right() {

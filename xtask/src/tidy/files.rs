@@ -19,6 +19,7 @@ pub(super) fn check(tree: &Tree, workspace: &Workspace) -> Vec<Finding> {
     for (name, text) in tree.rust() {
         let is_test = is_test_path(name) || test_files.iter().any(|file| covers(file, name));
         findings.extend(check_name(name));
+        findings.extend(ignored_tests(name, text));
         if !is_test {
             findings.extend(check_production(name, text));
         }
@@ -87,6 +88,14 @@ fn check_production(name: &str, text: &str) -> Vec<Finding> {
     findings
 }
 
+/// Tests that never run unless somebody remembers them.
+fn ignored_tests(name: &str, text: &str) -> Vec<Finding> {
+    let code = blank_words(text);
+    let what = "an ignored test is a skip that nobody sees: let it print `SKIPPED: name: reason` instead";
+    let found = code.match_indices("#[ignore");
+    found.map(|(at, _)| Finding::at_line(name, line_of(text, at), what)).collect()
+}
+
 /// Where `use` statements that end in `*` begin.
 fn glob_imports(code: &str) -> Vec<usize> {
     let mut found = Vec::new();
@@ -124,6 +133,13 @@ mod tests {
         let text = "use a::b;\nuse c::{\n    d::*,\n};\nfn f() -> u8 { 2 * 3 }\n#[cfg(test)]\nmod tests {\n    use super::*;\n}\n";
         let findings = check_production("x.rs", text);
         assert_eq!(findings, [Finding::at_line("x.rs", 2, "a glob import outside tests")]);
+    }
+
+    #[test]
+    fn ignored_tests_are_found() {
+        let text = "#[test]\n#[ignore = \"slow\"]\nfn a() {}\n// #[ignore]\n";
+        let places: Vec<_> = ignored_tests("x.rs", text).into_iter().map(|finding| finding.place).collect();
+        assert_eq!(places, ["x.rs:2"]);
     }
 
     #[test]

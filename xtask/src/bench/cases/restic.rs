@@ -5,6 +5,7 @@ use std::process::Command;
 
 use anyhow::Result;
 
+use super::{RESTIC_BACKUP_ROW, RESTIC_DUMP_ROW};
 use crate::bench::{Case, Question, Reference, Row, measure_in, stored_bytes};
 
 pub(super) struct Restic;
@@ -34,15 +35,15 @@ impl Case for Restic {
         disk.place_at(&source)?;
         let usage = measure_in(scratch, &mut restic(&["backup", &path]))?;
         let full = stored_bytes(&repository)?;
-        let first = Row::new(Question::FirstCopy, "restic backup", usage).stored(full);
+        let first = Row::new(Question::FirstCopy, RESTIC_BACKUP_ROW, usage).stored(full);
 
         let usage = measure_in(scratch, &mut restic(&["dump", "latest", &path]))?;
-        let back = Row::new(Question::WholeRead, "restic dump", usage).note("to a pipe");
+        let back = Row::new(Question::WholeRead, RESTIC_DUMP_ROW, usage).note("to a pipe");
 
         disk.place_changed_at(&source)?;
         let usage = measure_in(scratch, &mut restic(&["backup", &path]))?;
         let grown = stored_bytes(&repository)?.saturating_sub(full);
-        let again = Row::new(Question::AfterRandomWrites, "restic backup", usage).stored(grown);
+        let again = Row::new(Question::AfterRandomWrites, RESTIC_BACKUP_ROW, usage).stored(grown);
         Ok(vec![first, back, again])
     }
 }
