@@ -24,6 +24,22 @@ use std::fmt;
 use replication::{ByteRange, ChangeKind, DiskGeometry, DiskId, Epoch, MarkerKind, SourceTime};
 use world::BlockError;
 
+pub mod fingerprint;
+mod gate;
+pub mod mapfile;
+mod overlap;
+mod recovery_set;
+pub mod ring;
+pub mod splitter;
+mod splitter_capture;
+#[cfg(test)]
+mod splitter_tests;
+
+pub use gate::{FreezeError, Frozen};
+pub use mapfile::{FileMapStore, MapArea, MapStore, MapStoreError, MemoryMapStore};
+pub use splitter::{OpenSplitterError, ProtectedDisk, Splitter, SplitterConfig, SplitterDisk, SplitterStatistics};
+pub use splitter_capture::SplitterCapture;
+
 /// A place in the ring: bytes taken by every record up to and including one, since the capture started. Monotone;
 /// zero is the place before the first record.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
@@ -47,8 +63,6 @@ pub enum GapCause {
     CopyFailed,
     /// A write completed whose submission was not captured.
     MissedSubmission,
-    /// A write failed: what the disk now holds in its range is not known.
-    WriteFailed,
 }
 
 impl fmt::Display for GapCause {
@@ -57,7 +71,6 @@ impl fmt::Display for GapCause {
             GapCause::Overflow => "the send buffer was full",
             GapCause::CopyFailed => "a write's data could not be copied",
             GapCause::MissedSubmission => "a write completed that was not captured when it was submitted",
-            GapCause::WriteFailed => "a write to the disk failed",
         })
     }
 }
@@ -82,8 +95,9 @@ pub struct Captured {
 /// after consuming up to `producer`, then nothing up to there is missing from the ring.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct CaptureStatus {
-    /// How often something happened that the ring does not carry: drops, copy failures, failed writes, missed
-    /// submissions. Monotone. Writes that only mark because the mode is [`Mode::Track`] do not count again.
+    /// How often something happened that the ring does not carry: drops, copy failures, missed submissions.
+    /// Monotone. Writes that only mark because the mode is [`Mode::Track`] do not count again; writes that failed
+    /// show in [`Capture::has_unstreamed`] only.
     pub gap_count: u64,
     /// The cause of the latest of them.
     pub gap_cause: Option<GapCause>,
@@ -104,10 +118,11 @@ pub struct CaptureStatus {
 pub enum Continuity {
     /// These maps are new. Nothing is known: the whole disk is compared.
     Fresh,
-    /// The maps lived through the agent's absence: they name everything that may differ.
+    /// The maps lived through the agent's absence, or both sides of it were orderly and the disks are as they were:
+    /// the heal set names everything that may differ.
     SameBoot,
-    /// Writes may have happened that no map names, or completed writes may have been lost: the whole disk is
-    /// compared by hash.
+    /// Writes may have happened that no map names, or completed writes may have been lost. The disks concerned are
+    /// flagged already: [`Capture::heal_set`] names them whole, across restarts, until a heal was committed.
     Lost(LostReason),
 }
 
@@ -124,8 +139,8 @@ pub enum LostReason {
     DiskReplaced(DiskId),
     /// A disk is smaller than it was.
     DiskShrunk(DiskId),
-    /// The agent ended while the map file was being rearranged.
-    Unfinished,
+    /// Although the agent was stopped in order, the disk is not as it was then.
+    ChangedMeanwhile(DiskId),
 }
 
 impl fmt::Display for LostReason {
@@ -136,7 +151,7 @@ impl fmt::Display for LostReason {
             LostReason::Unreadable(why) => write!(f, "the dirty maps cannot be used: {why}"),
             LostReason::DiskReplaced(disk) => write!(f, "{disk} is another disk than the one protected"),
             LostReason::DiskShrunk(disk) => write!(f, "{disk} is smaller than it was"),
-            LostReason::Unfinished => f.write_str("the dirty maps were being rearranged when the agent ended"),
+            LostReason::ChangedMeanwhile(disk) => write!(f, "{disk} was written to while the agent was stopped"),
         }
     }
 }
@@ -186,7 +201,8 @@ pub trait Capture: Send {
     /// committed.
     fn clear(&mut self, epoch: Epoch);
 
-    /// Whether any epoch from `epoch` on holds an *unstreamed* mark.
+    /// Whether any epoch from `epoch` on holds an *unstreamed* mark: a write that was dropped, only tracked, or that
+    /// failed. An epoch with one cannot be cleared; it is folded, and a heal with a later `p0` covers it.
     fn has_unstreamed(&self, epoch: Epoch) -> bool;
 
     /// Puts a marker into the ring, after every record reserved so far. `false` if there is no room or the stream
