@@ -1,0 +1,54 @@
+//! The names of a vault's objects. `docs/formats/store-layout.md` is the map.
+
+use replication::{ChainId, Generation};
+
+use crate::keys::WriterId;
+use crate::store::ObjectName;
+
+fn name(text: String) -> ObjectName {
+    ObjectName::new(text).expect("names made here are valid")
+}
+
+/// The vault header, the first object of every vault.
+pub fn vault_header() -> ObjectName {
+    name("vault".into())
+}
+
+/// Folder of key slots and shared keys.
+pub const KEYS: &str = "keys/";
+/// Folder of grants.
+pub const GRANTS: &str = "grants/";
+/// Folder of the catalog.
+pub const CATALOG: &str = "catalog/";
+/// Folder of chains.
+pub const CHAINS: &str = "chains/";
+
+/// The shared keys of one epoch.
+pub fn shared_keys(epoch: u32) -> ObjectName {
+    name(format!("keys/shared-{epoch}"))
+}
+
+/// A key slot.
+pub fn key_slot(unique: u64) -> ObjectName {
+    name(format!("keys/slot-{unique:016x}"))
+}
+
+/// A writer's grant.
+pub fn grant(writer: WriterId) -> ObjectName {
+    name(format!("grants/{writer}"))
+}
+
+/// Folder of a chain's manifests.
+pub fn manifests(chain: ChainId) -> String {
+    format!("chains/{chain}/m/")
+}
+
+/// A segment or another table object of a chain.
+pub fn segment(chain: ChainId, generation: Generation, unique: u128) -> ObjectName {
+    name(format!("chains/{chain}/s/{:08x}-{unique:032x}", generation.0))
+}
+
+/// A pack of chunks.
+pub fn pack(writer: WriterId, unique: u128) -> ObjectName {
+    name(format!("packs/{writer}/{unique:032x}"))
+}
