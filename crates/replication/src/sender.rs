@@ -136,9 +136,11 @@ pub enum Action {
     RequireWhole,
     /// Fold the maps of all epochs before this one into the heal set and report the set.
     CollectHealSet(Epoch),
+    /// `hash`: the receiver will compare; otherwise only zeroes must be told from data.
     ReadForHeal {
         disk: DiskId,
         range: ByteRange,
+        hash: bool,
     },
     FetchForHeal {
         disk: DiskId,
@@ -297,7 +299,8 @@ impl Sender {
             whole_needed: need == HealNeed::Whole,
             heal: if need == HealNeed::Nothing { Heal::Idle } else { Heal::Wanted },
             base_empty: false,
-            drop_older_than: Epoch(0),
+            // Until a heal has rotated the maps, nothing that the ring holds belongs to a stream.
+            drop_older_than: Epoch(if need == HealNeed::Nothing { 0 } else { u32::MAX }),
             chain: None,
             generation: Generation(0),
             assigned: SequenceNumber(0),
@@ -413,7 +416,9 @@ impl Sender {
             let mut finished = false;
             for step in run.pump() {
                 match step {
-                    HealStep::Read { disk, range } => out.push(Action::ReadForHeal { disk, range }),
+                    HealStep::Read { disk, range } => {
+                        out.push(Action::ReadForHeal { disk, range, hash: !self.base_empty });
+                    }
                     HealStep::Fetch { disk, range } => out.push(Action::FetchForHeal { disk, range }),
                     HealStep::Send(message) => out.push(Action::Send(message)),
                     HealStep::Finished => finished = true,

@@ -1,0 +1,434 @@
+//! The engine: moves requests from a [`Capture`] to a receiver by doing what the [`Sender`] decides.
+//!
+//! One thread owns an engine and calls [`Engine::step`]; the simulation calls it directly. A step takes messages, takes
+//! requests from the ring, tells the sender what it saw, and carries out what the sender wants, heal reads last: the live
+//! stream goes first.
+//!
+//! The same engine sends a branch home: there the capture is the branch's splitter and the hashes come from the vault's
+//! index instead of from reading ([`HashIndex`]).
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use replication::geometry::LEAF_BYTES;
+use replication::sender::{Action, CaptureReport, Event, HealProgress, Request, Sender, SenderConfig, StreamState};
+use replication::wire::{HealNeed, Message, OfferedLeaf};
+use replication::{ByteRange, ChainId, DiskId, Epoch, PlainLeafHash, SequenceNumber, SourceTime};
+use world::{BlockError, Clock};
+
+use crate::capture::{Capture, Continuity, Mode, RingPosition};
+
+/// The way to the receiver, as the engine needs it. Never blocks.
+pub trait Wire {
+    /// Queues `message` if there is room, else gives it back.
+    ///
+    /// # Errors
+    /// [`WireClosed`] when the link is gone.
+    fn try_send(&mut self, message: Message) -> Result<Option<Message>, WireClosed>;
+
+    /// The next message from the receiver, if one has arrived.
+    ///
+    /// # Errors
+    /// [`WireClosed`] when the link is gone and nothing is left to read.
+    fn try_receive(&mut self) -> Result<Option<Message>, WireClosed>;
+}
+
+/// The link is gone; connect again.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("the link to the receiver is closed: {0}")]
+pub struct WireClosed(pub String);
+
+/// Hashes of the source that need no reading: the index of a branch.
+pub trait HashIndex: Send {
+    /// One entry for each leaf of `range`, which begins at a multiple of 4 KiB.
+    fn offered(&self, disk: DiskId, range: ByteRange) -> Vec<OfferedLeaf>;
+}
+
+/// Remembers across restarts on which commit the maps were cleared.
+pub trait ClearedMark: Send {
+    /// The mark, if one was ever made.
+    fn load(&self) -> Option<(ChainId, SequenceNumber)>;
+
+    /// Makes the mark durable. Called before the maps are cleared.
+    fn store(&mut self, chain: ChainId, committed: SequenceNumber) -> std::io::Result<()>;
+}
+
+/// What a step achieved.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Step {
+    /// Something moved; call again at once.
+    Busy,
+    /// Nothing to do until the ring, the link or a timer has something.
+    Idle,
+    /// The link must be closed and opened again.
+    Reconnect(String),
+    /// The receiver does not want us; retrying soon is useless.
+    Refused(String),
+}
+
+/// A snapshot for status pages and metrics.
+#[derive(Debug, Clone)]
+pub struct EngineStatus {
+    /// Newest change numbered, sent, journaled by the receiver, committed to the vault.
+    pub captured: SequenceNumber,
+    /// Newest change handed to the link.
+    pub sent: SequenceNumber,
+    /// Newest change durable at the receiver.
+    pub journaled: SequenceNumber,
+    /// Newest change in the vault.
+    pub committed: SequenceNumber,
+    /// Whether the stream is whole, and if not, why.
+    pub stream: StreamState,
+    /// A heal is needed or running.
+    pub healing: bool,
+    /// The heal's progress.
+    pub heal: HealProgress,
+    /// Ring use in bytes.
+    pub ring_bytes_used: u64,
+    /// Ring size in bytes.
+    pub ring_bytes_max: u64,
+}
+
+/// Requests taken from the ring in one step.
+const REQUESTS_PER_STEP_MAX: usize = 4096;
+/// Messages taken from the link in one step.
+const MESSAGES_PER_STEP_MAX: usize = 256;
+/// Heal chunks read in one step, so that the stream is looked at again soon.
+const HEAL_READS_PER_STEP_MAX: usize = 2;
+/// Messages waiting for room on the link before the sender is asked for more.
+const OUTBOX_MESSAGES_MAX: usize = 4;
+
+enum HealWork {
+    Read { disk: DiskId, range: ByteRange, hash: bool },
+    Fetch { disk: DiskId, range: ByteRange },
+}
+
+/// See the module's documentation.
+pub struct Engine<C: Capture> {
+    capture: C,
+    sender: Sender,
+    clock: Arc<dyn Clock>,
+    hashes: Option<Box<dyn HashIndex>>,
+    mark: Box<dyn ClearedMark>,
+    outbox: VecDeque<Message>,
+    heal_work: VecDeque<HealWork>,
+    awaiting_settled: Option<Epoch>,
+    connected: bool,
+    outcome: Option<Step>,
+}
+
+impl<C: Capture> Engine<C> {
+    /// An engine for `capture`. `hashes` is given for sources that know their leaf hashes without reading.
+    pub fn new(
+        capture: C,
+        config: SenderConfig,
+        clock: Arc<dyn Clock>,
+        hashes: Option<Box<dyn HashIndex>>,
+        mark: Box<dyn ClearedMark>,
+    ) -> Engine<C> {
+        let need = match capture.continuity() {
+            Continuity::Fresh | Continuity::Lost(_) => HealNeed::Whole,
+            Continuity::SameBoot => HealNeed::Maps,
+        };
+        let sender = Sender::new(config, need, capture.status().gap_count, mark.load());
+        Engine {
+            capture,
+            sender,
+            clock,
+            hashes,
+            mark,
+            outbox: VecDeque::new(),
+            heal_work: VecDeque::new(),
+            awaiting_settled: None,
+            connected: false,
+            outcome: None,
+        }
+    }
+
+    /// The capture, for owners that mark, freeze or inspect it.
+    pub fn capture(&mut self) -> &mut C {
+        &mut self.capture
+    }
+
+    /// The sender's state.
+    pub fn sender(&self) -> &Sender {
+        &self.sender
+    }
+
+    /// Whether everything that was captured is journaled and nothing is being healed.
+    pub fn is_settled(&self) -> bool {
+        self.connected
+            && self.sender.is_quiet()
+            && !self.sender.is_healing()
+            && matches!(self.sender.stream(), StreamState::Whole)
+            && self.capture.status().ring_bytes_used == 0
+    }
+
+    /// A snapshot of the watermarks.
+    pub fn status(&self) -> EngineStatus {
+        let [captured, sent, journaled, committed] = self.sender.watermarks();
+        let capture = self.capture.status();
+        EngineStatus {
+            captured,
+            sent,
+            journaled,
+            committed,
+            stream: self.sender.stream().clone(),
+            healing: self.sender.is_healing(),
+            heal: self.sender.progress(),
+            ring_bytes_used: capture.ring_bytes_used,
+            ring_bytes_max: capture.ring_bytes_max,
+        }
+    }
+
+    /// A new link stands.
+    pub fn link_up(&mut self) {
+        self.connected = true;
+        self.outcome = None;
+        let disks = self.capture.disks();
+        self.feed(Event::LinkUp { now: self.now(), disks });
+    }
+
+    /// The link is gone. Requests keep collecting in the ring and in the maps.
+    pub fn link_down(&mut self) {
+        self.connected = false;
+        self.outbox.clear();
+        self.heal_work.clear();
+        self.outcome = None;
+        self.feed(Event::LinkDown);
+    }
+
+    /// Does a bounded amount of work. `wire` is `None` while there is no link.
+    pub fn step(&mut self, mut wire: Option<&mut dyn Wire>) -> Step {
+        let mut busy = false;
+        if let Some(wire) = &mut wire {
+            match self.receive(*wire) {
+                Ok(received) => busy |= received,
+                Err(closed) => return Step::Reconnect(closed.to_string()),
+            }
+        }
+        // Read before the ring is emptied: a request submitted before this moment is either in the ring by then or
+        // was stamped later.
+        let now = self.now();
+        let (consumed, drained) = self.consume();
+        busy |= consumed > 0;
+        self.watch();
+        self.feed(Event::Tick { now, drained });
+        if self.outbox.len() < OUTBOX_MESSAGES_MAX {
+            let actions = self.sender.pump();
+            busy |= !actions.is_empty();
+            self.execute(actions);
+        }
+        busy |= self.heal_reads();
+        if let Some(wire) = &mut wire {
+            match self.send(*wire) {
+                Ok(sent) => busy |= sent,
+                Err(closed) => return Step::Reconnect(closed.to_string()),
+            }
+        }
+        match self.outcome.take() {
+            Some(outcome) => outcome,
+            None if busy => Step::Busy,
+            None => Step::Idle,
+        }
+    }
+
+    fn now(&self) -> SourceTime {
+        SourceTime(self.clock.monotonic().0)
+    }
+
+    fn feed(&mut self, event: Event) {
+        let actions = self.sender.apply(event);
+        self.execute(actions);
+    }
+
+    fn receive(&mut self, wire: &mut dyn Wire) -> Result<bool, WireClosed> {
+        for count in 0..MESSAGES_PER_STEP_MAX {
+            match wire.try_receive()? {
+                Some(message) => self.feed(Event::Received(message)),
+                None => return Ok(count > 0),
+            }
+        }
+        Ok(true)
+    }
+
+    fn consume(&mut self) -> (usize, bool) {
+        for count in 0..REQUESTS_PER_STEP_MAX {
+            let Some(captured) = self.capture.next() else { return (count, true) };
+            self.feed(Event::Captured(Request {
+                ring_end: captured.end.0,
+                epoch: captured.epoch,
+                time: captured.time,
+                disk: captured.disk,
+                kinds: captured.kinds,
+            }));
+        }
+        (REQUESTS_PER_STEP_MAX, false)
+    }
+
+    /// Tells the sender what the capture's counters say now, after the ring was consumed.
+    fn watch(&mut self) {
+        if let Some(epoch) = self.awaiting_settled
+            && self.capture.settled(epoch)
+        {
+            self.awaiting_settled = None;
+            let producer = self.capture.status().producer.0;
+            self.feed(Event::Settled { epoch, producer });
+        }
+        let status = self.capture.status();
+        let watched = self.sender.watched_from();
+        let unstreamed = watched <= status.epoch && self.capture.has_unstreamed(watched);
+        self.feed(Event::Report(CaptureReport {
+            gap_count: status.gap_count,
+            gap_cause: status.gap_cause.map_or_else(|| "unknown".into(), |cause| cause.to_string()),
+            unstreamed,
+            producer: status.producer.0,
+        }));
+    }
+
+    fn execute(&mut self, actions: Vec<Action>) {
+        for action in actions {
+            match action {
+                Action::Send(message) => self.outbox.push_back(message),
+                Action::Release(through) => self.capture.release(RingPosition(through)),
+                Action::Rotate { for_heal } => self.rotate(for_heal),
+                Action::AwaitSettled(epoch) => self.awaiting_settled = Some(epoch),
+                Action::RequireWhole => {
+                    for disk in self.capture.disks() {
+                        self.capture.require_whole(disk.disk);
+                    }
+                }
+                Action::CollectHealSet(epoch) => {
+                    self.capture.fold(epoch);
+                    let disks = self.capture.disks();
+                    let set = disks.iter().map(|disk| (disk.disk, self.capture.heal_set(disk.disk))).collect();
+                    self.feed(Event::HealSet(set));
+                }
+                Action::ReadForHeal { disk, range, hash } => {
+                    self.heal_work.push_back(HealWork::Read { disk, range, hash });
+                }
+                Action::FetchForHeal { disk, range } => self.heal_work.push_back(HealWork::Fetch { disk, range }),
+                Action::SampleProducer => {
+                    let producer = self.capture.status().producer.0;
+                    self.feed(Event::Producer(producer));
+                }
+                Action::ClearHealSet { chain, committed } => {
+                    if self.remember_cleared(chain, committed) {
+                        self.capture.clear_heal_set();
+                    }
+                }
+                Action::ClearEpoch { epoch, chain, committed } => {
+                    if self.remember_cleared(chain, committed) {
+                        self.capture.clear(epoch);
+                    }
+                }
+                Action::Disconnect(reason) => self.outcome = Some(Step::Reconnect(reason)),
+                Action::Refused(reason) => self.outcome = Some(Step::Refused(reason)),
+            }
+        }
+    }
+
+    /// Maps that cannot be cleared only cost reads later; a mark that is missing could cost data.
+    fn remember_cleared(&mut self, chain: ChainId, committed: SequenceNumber) -> bool {
+        match self.mark.store(chain, committed) {
+            Ok(()) => true,
+            Err(error) => {
+                tracing::warn!(%error, "dirty maps stay as they are: the commit they rest on could not be recorded");
+                false
+            }
+        }
+    }
+
+    fn rotate(&mut self, for_heal: bool) {
+        let mut epoch = self.capture.rotate(Mode::Stream);
+        let current = self.capture.status().epoch;
+        if epoch.is_none() && for_heal && self.capture.settled(current) {
+            // Both slots are in use: the older one joins the heal set, which the coming heal covers.
+            self.capture.fold(current);
+            epoch = self.capture.rotate(Mode::Stream);
+        }
+        self.feed(Event::Rotated(epoch));
+    }
+
+    fn heal_reads(&mut self) -> bool {
+        let mut done = 0;
+        while done < HEAL_READS_PER_STEP_MAX
+            && self.outbox.len() < OUTBOX_MESSAGES_MAX
+            && let Some(work) = self.heal_work.pop_front()
+        {
+            done += 1;
+            match work {
+                HealWork::Read { disk, range, hash } => {
+                    let (leaves, data) = match &self.hashes {
+                        Some(index) => (index.offered(disk, range), None),
+                        None => self.read_leaves(disk, range, hash),
+                    };
+                    self.feed(Event::HealRead { disk, range, leaves, data });
+                }
+                HealWork::Fetch { disk, range } => {
+                    let mut buffer = vec![0; range.len as usize];
+                    let data = self.capture.read(disk, range.start, &mut buffer).ok().map(|()| Bytes::from(buffer));
+                    self.feed(Event::HealFetched { disk, range, data });
+                }
+            }
+        }
+        done > 0
+    }
+
+    /// Reads a chunk and says of each leaf what it is. A leaf that the medium cannot return costs only itself.
+    fn read_leaves(&self, disk: DiskId, range: ByteRange, hash: bool) -> (Vec<OfferedLeaf>, Option<Bytes>) {
+        let mut buffer = vec![0; range.len as usize];
+        let mut unreadable = Vec::new();
+        if self.capture.read(disk, range.start, &mut buffer).is_err() {
+            for leaf in range.split_at_multiples(LEAF_BYTES) {
+                let bytes = &mut buffer[leaf.within(range.start)];
+                if let Err(error) = self.capture.read(disk, leaf.start, bytes) {
+                    log_unreadable(disk, leaf, &error);
+                    bytes.fill(0);
+                    unreadable.push(leaf.start);
+                }
+            }
+        }
+        let leaves = range
+            .split_at_multiples(LEAF_BYTES)
+            .map(|leaf| {
+                let bytes = &buffer[leaf.within(range.start)];
+                if unreadable.contains(&leaf.start) {
+                    OfferedLeaf::Unreadable
+                } else if is_zero(bytes) {
+                    OfferedLeaf::Zero
+                } else if hash {
+                    OfferedLeaf::Hash(PlainLeafHash::of(bytes).0)
+                } else {
+                    OfferedLeaf::Unknown
+                }
+            })
+            .collect();
+        (leaves, Some(buffer.into()))
+    }
+
+    fn send(&mut self, wire: &mut dyn Wire) -> Result<bool, WireClosed> {
+        let mut sent = false;
+        while let Some(message) = self.outbox.pop_front() {
+            if let Some(message) = wire.try_send(message)? {
+                self.outbox.push_front(message);
+                return Ok(sent);
+            }
+            sent = true;
+        }
+        Ok(sent)
+    }
+}
+
+fn log_unreadable(disk: DiskId, leaf: ByteRange, error: &BlockError) {
+    tracing::warn!(%disk, %leaf, %error, "the source cannot be read here; recorded as a defect");
+}
+
+fn is_zero(bytes: &[u8]) -> bool {
+    // Sixteen bytes at a time: a heal looks at every byte of a disk once.
+    let chunks = bytes.chunks_exact(16);
+    let tail = chunks.remainder();
+    chunks.into_iter().all(|chunk| u128::from_ne_bytes(chunk.try_into().expect("sixteen bytes")) == 0)
+        && tail.iter().all(|byte| *byte == 0)
+}
