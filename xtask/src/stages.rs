@@ -77,10 +77,10 @@ struct Stage {
     slow: bool,
     /// Nothing after it can succeed if it fails.
     gate: bool,
-    run: fn(&Session) -> Result<()>,
+    run: fn(&Session) -> Result<Outcome>,
 }
 
-const fn stage(name: &'static str, what: &'static str, run: fn(&Session) -> Result<()>) -> Stage {
+const fn stage(name: &'static str, what: &'static str, run: fn(&Session) -> Result<Outcome>) -> Stage {
     Stage { name, what, slow: false, gate: false, run }
 }
 
@@ -96,6 +96,14 @@ const STAGES: &[Stage] = &[
     Stage { slow: true, ..stage("sim", "seeded simulation of the whole product", simulation_stage) },
     Stage { slow: true, ..stage("demo", "the demo, then the independent check of what it left", demo_stage) },
 ];
+
+/// How a stage ended that did not fail.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Outcome {
+    Passed,
+    /// What it runs is not there; it has noted that as a skip.
+    Skipped,
+}
 
 /// What the stages share.
 struct Session {
@@ -131,6 +139,13 @@ impl Session {
         run_watching(&mut command, |line| self.note(skips::in_line(line)))
     }
 
+    /// Notes that a whole stage cannot run.
+    fn skip(&self, what: String) -> Outcome {
+        println!("SKIPPED: {what}");
+        self.note([what]);
+        Outcome::Skipped
+    }
+
     fn note(&self, found: impl IntoIterator<Item = String>) {
         let mut skips = self.skips.borrow_mut();
         for skip in found {
@@ -143,7 +158,7 @@ impl Session {
 
 struct Report {
     stage: &'static str,
-    outcome: Result<()>,
+    outcome: Result<Outcome>,
     took: Duration,
 }
 
@@ -189,8 +204,12 @@ fn run_stages(options: &Options) -> Result<bool> {
 fn summarize(reports: &[Report], skips: &[String], allowed: &AllowList, ci: bool, took: Duration) -> bool {
     println!("\n== summary");
     for report in reports {
-        let result = if report.outcome.is_ok() { "passed" } else { "FAILED" };
-        println!("{:<12} {result}  {:>8.1} s", report.stage, report.took.as_secs_f64());
+        let result = match report.outcome {
+            Ok(Outcome::Passed) => "passed",
+            Ok(Outcome::Skipped) => "skipped",
+            Err(_) => "FAILED",
+        };
+        println!("{:<12} {result:<7}  {:>8.1} s", report.stage, report.took.as_secs_f64());
     }
     let mut unpermitted = 0;
     for skip in skips {
@@ -209,9 +228,9 @@ fn summarize(reports: &[Report], skips: &[String], allowed: &AllowList, ci: bool
         );
     }
     let failed = reports.iter().filter(|report| report.outcome.is_err()).count();
+    let passed = reports.iter().filter(|report| matches!(report.outcome, Ok(Outcome::Passed))).count();
     println!(
-        "{} stages passed, {failed} failed, {} tests skipped ({unpermitted} not permitted in CI), {:.0} s",
-        reports.len() - failed,
+        "{passed} stages passed, {failed} failed, {} skips ({unpermitted} not permitted in CI), {:.0} s",
         skips.len(),
         took.as_secs_f64()
     );
@@ -229,7 +248,7 @@ pub(crate) fn run(options: &Options) -> Result<bool> {
     Ok(true)
 }
 
-fn components_stage(session: &Session) -> Result<()> {
+fn components_stage(session: &Session) -> Result<Outcome> {
     let permission = match (session.no_install, session.ci) {
         (true, _) => Permission::Never,
         (false, true) => Permission::Install,
@@ -247,7 +266,7 @@ fn components_stage(session: &Session) -> Result<()> {
             println!("notice: {error:#}; the tests run under `cargo test`");
         }
     }
-    Ok(())
+    Ok(Outcome::Passed)
 }
 
 /// Cargo also finds subcommands in its own directory, which need not be in `PATH`.
@@ -255,28 +274,32 @@ fn has_nextest() -> bool {
     cargo().args(["nextest", "--version"]).output().is_ok_and(|output| output.status.success())
 }
 
-fn format_stage(session: &Session) -> Result<()> {
-    process::run(&mut session.cargo(&["fmt", "--all", "--check"]))
+fn format_stage(session: &Session) -> Result<Outcome> {
+    process::run(&mut session.cargo(&["fmt", "--all", "--check"]))?;
+    Ok(Outcome::Passed)
 }
 
-fn clippy_stage(session: &Session) -> Result<()> {
-    process::run(&mut session.cargo(&["clippy", "--workspace", "--all-targets", "--locked", "--", "-D", "warnings"]))
+fn clippy_stage(session: &Session) -> Result<Outcome> {
+    process::run(&mut session.cargo(&["clippy", "--workspace", "--all-targets", "--locked", "--", "-D", "warnings"]))?;
+    Ok(Outcome::Passed)
 }
 
-fn tidy_stage(_session: &Session) -> Result<()> {
+fn tidy_stage(_session: &Session) -> Result<Outcome> {
     ensure!(tidy::run()?, "the source tree breaks rules, see above");
-    Ok(())
+    Ok(Outcome::Passed)
 }
 
-fn build_stage(session: &Session) -> Result<()> {
-    process::run(&mut session.cargo(&["build", "--workspace", "--all-targets", "--locked"]))
+fn build_stage(session: &Session) -> Result<Outcome> {
+    process::run(&mut session.cargo(&["build", "--workspace", "--all-targets", "--locked"]))?;
+    Ok(Outcome::Passed)
 }
 
-fn tests_stage(session: &Session) -> Result<()> {
+fn tests_stage(session: &Session) -> Result<Outcome> {
     if !has_nextest() {
         println!("notice: without cargo-nextest, tests run under `cargo test`: no time limits, less isolation");
         let words = ["test", "--workspace", "--all-targets", "--locked", "--no-fail-fast", "--", "--show-output"];
-        return session.run_noting_skips(session.cargo(&words));
+        session.run_noting_skips(session.cargo(&words))?;
+        return Ok(Outcome::Passed);
     }
     // Nextest keeps its reports here whatever the target directory is.
     let report = session.workspace.root.join("target/nextest/ci/junit.xml");
@@ -291,36 +314,36 @@ fn tests_stage(session: &Session) -> Result<()> {
         session.note(skips::in_junit(&String::from_utf8_lossy(printed)));
     }
     // The tests' failure says more than a missing report.
-    outcome.and(printed.map(|_| ()))
+    outcome.and(printed)?;
+    Ok(Outcome::Passed)
 }
 
-fn doctests_stage(session: &Session) -> Result<()> {
-    process::run(&mut session.cargo(&["test", "--workspace", "--doc", "--locked", "--quiet"]))
+fn doctests_stage(session: &Session) -> Result<Outcome> {
+    process::run(&mut session.cargo(&["test", "--workspace", "--doc", "--locked", "--quiet"]))?;
+    Ok(Outcome::Passed)
 }
 
-fn release_stage(session: &Session) -> Result<()> {
-    process::run(&mut session.cargo(&["build", "--release", "--workspace", "--bins", "--locked"]))
+fn release_stage(session: &Session) -> Result<Outcome> {
+    process::run(&mut session.cargo(&["build", "--release", "--workspace", "--bins", "--locked"]))?;
+    Ok(Outcome::Passed)
 }
 
-fn simulation_stage(session: &Session) -> Result<()> {
+fn simulation_stage(session: &Session) -> Result<Outcome> {
     if !session.workspace.has_program(SIMULATION) {
-        session.note([format!("{SIMULATION}: there is no program of this name yet")]);
-        println!("SKIPPED: {SIMULATION}: there is no program of this name yet");
-        return Ok(());
+        return Ok(session.skip(format!("{SIMULATION}: there is no program of this name yet")));
     }
     let mut command = session.command(Command::new(session.release_program(SIMULATION)));
     command.args(["--seeds", &session.seeds.to_string()]);
-    session.run_noting_skips(command)
+    session.run_noting_skips(command)?;
+    Ok(Outcome::Passed)
 }
 
 /// Runs the demo with a fixed seed, has what it left checked by the program that shares no code with ours, flips one
 /// byte of the vault, and has it checked again: that check must fail.
-fn demo_stage(session: &Session) -> Result<()> {
+fn demo_stage(session: &Session) -> Result<Outcome> {
     let check = session.workspace.root.join(INDEPENDENT_CHECK);
     if !check.exists() {
-        session.note([format!("demo: {INDEPENDENT_CHECK} is not there yet")]);
-        println!("SKIPPED: demo: {INDEPENDENT_CHECK} is not there yet");
-        return Ok(());
+        return Ok(session.skip(format!("demo: {INDEPENDENT_CHECK} is not there yet")));
     }
     let kept = session.workspace.target.join("demo");
     if kept.exists() {
@@ -343,7 +366,8 @@ fn demo_stage(session: &Session) -> Result<()> {
         bail!("the independent check passed although one byte of {} was flipped", flipped.display());
     }
     println!("it failed, as it must");
-    fs::remove_dir_all(&kept).context("cannot remove what the demo left")
+    fs::remove_dir_all(&kept).context("cannot remove what the demo left")?;
+    Ok(Outcome::Passed)
 }
 
 /// Flips the middle byte of the largest file below `directory`: the one most likely to hold disk contents.
@@ -401,7 +425,7 @@ mod tests {
     }
 
     fn report(passed: bool) -> Report {
-        let outcome = if passed { Ok(()) } else { Err(anyhow::anyhow!("broken")) };
+        let outcome = if passed { Ok(Outcome::Passed) } else { Err(anyhow::anyhow!("broken")) };
         Report { stage: "tests", outcome, took: Duration::ZERO }
     }
 
