@@ -68,8 +68,7 @@ impl FileMapStore {
         let directory = directory.into();
         let path = directory.join(format!("{name}.lock"));
         let lock_error = |source| MapStoreError::Lock { path: path.clone(), source };
-        let lock =
-            OpenOptions::new().create(true).truncate(false).write(true).open(&path).map_err(lock_error)?;
+        let lock = OpenOptions::new().create(true).truncate(false).write(true).open(&path).map_err(lock_error)?;
         match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => {}
             Err(rustix::io::Errno::WOULDBLOCK) => return Err(MapStoreError::InUse(directory.join(name))),

@@ -143,7 +143,7 @@ pub(crate) struct Shared {
 /// Handle on the splitter of one machine's disks. Clones are the same splitter.
 #[derive(Clone)]
 pub struct Splitter {
-    shared: Arc<Shared>,
+    pub(super) shared: Arc<Shared>,
 }
 
 impl Splitter {
@@ -159,8 +159,7 @@ impl Splitter {
         let index = check(&disks)?;
         let geometries: Vec<DiskGeometry> = disks.iter().map(|disk| disk.geometry.clone()).collect();
         let observe = |disk: DiskId, size| fingerprint(&*disks[index[&disk]].device, size).ok();
-        let attach =
-            Attach { machine: config.machine, boot: config.boot, disks: &geometries, fingerprint: &observe };
+        let attach = Attach { machine: config.machine, boot: config.boot, disks: &geometries, fingerprint: &observe };
         let adopted = recovery_set::adopt(store.load().transpose(), &attach);
         let set = RecoverySet::install(store, &adopted.image).map_err(OpenSplitterError::Maps)?;
         tracing::info!(continuity = ?adopted.continuity, disks = disks.len(), "capture opened");
@@ -265,7 +264,8 @@ impl Shared {
         let epoch = self.read_word().epoch();
         for disk in changed {
             let geometry = self.disks[self.index[disk]].geometry.clone();
-            let push = self.ring.lock().push(epoch, *disk, self.now(), cost(1, 0), || vec![ChangeKind::Geometry(geometry)]);
+            let push =
+                self.ring.lock().push(epoch, *disk, self.now(), cost(1, 0), || vec![ChangeKind::Geometry(geometry)]);
             if push != Push::Taken {
                 // The handshake names the disks too; a ring this small streams nothing anyway.
                 tracing::warn!(disk = disk.0, "the ring has no room for a disk's description");
