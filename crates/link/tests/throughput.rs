@@ -1,0 +1,49 @@
+//! How fast frames cross a link on this machine, both ends included. Not a test of correctness; run it with
+//! `cargo test --release -p link --test throughput -- --ignored --nocapture`.
+
+mod site;
+
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use link::{Frame, FrameLink};
+use site::{SOON, Site};
+
+#[test]
+#[ignore = "a measurement"]
+fn throughput() {
+    for (len, total) in [(4096, 1_usize << 30), (65_536, 2 << 30), (262_144, 4 << 30), (1 << 20, 4 << 30)] {
+        let site = Site::new();
+        let (a, b) = site.connected();
+        let body = Bytes::from(vec![0xa5; len]);
+        let frames = total / len;
+        let start = Instant::now();
+        std::thread::scope(|scope| {
+            scope.spawn(|| (0..frames).for_each(|_| a.send(Frame::new(1, body.clone())).expect("open")));
+            let mut left = frames;
+            while left > 0 {
+                assert_eq!(b.recv(SOON).expect("open").expect("in time").len(), len);
+                left -= 1;
+            }
+        });
+        let seconds = start.elapsed().as_secs_f64();
+        println!("one way, {len:>8}-byte frames: {:.2} GB/s", total as f64 / seconds / 1e9);
+    }
+    let site = Site::new();
+    let (a, b) = site.connected();
+    let start = Instant::now();
+    let rounds = 20_000;
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for _ in 0..rounds {
+                let frame = b.recv(Duration::from_secs(60)).expect("open").expect("in time");
+                b.send(frame).expect("open");
+            }
+        });
+        for _ in 0..rounds {
+            a.send(Frame::new(1, "ping")).expect("open");
+            a.recv(SOON).expect("open").expect("in time");
+        }
+    });
+    println!("round trip of a small frame: {:.1} us", start.elapsed().as_secs_f64() / f64::from(rounds) * 1e6);
+}
