@@ -213,10 +213,7 @@ impl<'a> Reader<'a> {
             thread::Builder::new()
                 .name("nbd-worker".to_owned())
                 .spawn_scoped(scope, move || connection.work())
-                .map_err(|error| {
-                    connection.lock_queue().workers -= 1;
-                    error
-                })?;
+                .inspect_err(|_| connection.lock_queue().workers -= 1)?;
         } else {
             drop(queue);
             connection.work.notify_one();

@@ -1,5 +1,7 @@
 //! Public NBD tools against our server.
 
+#![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
+
 mod tools;
 
 use std::path::{Path, PathBuf};
@@ -234,4 +236,67 @@ fn nbdfuse_makes_the_export_a_file() {
     written.unwrap();
     assert!(unmounted.unwrap().success());
     assert_eq!(served.image()[777..10_777], [0x5a; 10_000]);
+}
+
+/// A certificate authority, and the folder in the shape libnbd wants.
+fn authority(folder: &Path) -> rcgen::CertifiedIssuer<'static, rcgen::KeyPair> {
+    let mut params = rcgen::CertificateParams::new(Vec::new()).unwrap();
+    params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+    params.key_usages = vec![rcgen::KeyUsagePurpose::KeyCertSign];
+    let issuer = rcgen::CertifiedIssuer::self_signed(params, rcgen::KeyPair::generate().unwrap()).unwrap();
+    std::fs::create_dir(folder).unwrap();
+    std::fs::write(folder.join("ca-cert.pem"), issuer.as_ref().pem()).unwrap();
+    issuer
+}
+
+#[test]
+fn tls_is_demanded_and_carries_a_copy() {
+    const TEST: &str = "tls_is_demanded_and_carries_a_copy";
+    let Some(nbdcopy) = tools::find(TEST, "nbdcopy", "libnbd-bin") else { return };
+    let Some(nbdinfo) = tools::find(TEST, "nbdinfo", "libnbd-bin") else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let (ours, foreign) = (folder.path().join("ours"), folder.path().join("foreign"));
+    let issuer = authority(&ours);
+    authority(&foreign);
+    let key = rcgen::KeyPair::generate().unwrap();
+    let params = rcgen::CertificateParams::new(vec!["localhost".to_owned()]).unwrap();
+    let certificate = params.signed_by(&key, &issuer).unwrap();
+    let private = rustls::pki_types::PrivateKeyDer::Pkcs8(key.serialize_der().into());
+    let config = rustls::ServerConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_no_client_auth()
+        .with_single_cert(vec![certificate.der().clone()], private)
+        .unwrap();
+
+    let image = folder.path().join("disk.img");
+    let mut bytes = vec![0; 8 << 20];
+    TestRng::from_seed(RngAlgorithm::ChaCha, &[5; 32]).fill_bytes(&mut bytes[..5 << 20]);
+    std::fs::write(&image, &bytes).unwrap();
+    let exports = ExportTable::new();
+    let device = Arc::new(FileDevice::open(&image, Access::ReadWrite).unwrap());
+    exports.insert("disk", Arc::new(DeviceExport::new(device)));
+    let options = ServerOptions { tls: Some(Arc::new(config)), ..ServerOptions::default() };
+    let listen = [Listen::Tcp("127.0.0.1:0".parse().unwrap())];
+    let server = Server::start(Arc::new(exports), options, &listen).unwrap();
+    let port = server.tcp_addresses()[0].port();
+
+    let uri =
+        |scheme: &str, trust: &Path| format!("{scheme}://localhost:{port}/disk?tls-certificates={}", trust.display());
+    let copy = folder.path().join("copy.img");
+    tools::run(Command::new(&nbdcopy).arg(uri("nbds", &ours)).arg(&copy));
+    assert!(std::fs::read(&copy).unwrap() == bytes);
+    bytes.reverse();
+    std::fs::write(&copy, &bytes).unwrap();
+    tools::run(Command::new(&nbdcopy).arg("--flush").arg(&copy).arg(uri("nbds", &ours)));
+    assert!(std::fs::read(&image).unwrap() == bytes);
+    let told = tools::run(Command::new(&nbdinfo).arg(uri("nbds", &ours)));
+    assert!(told.contains("with TLS"), "{told}");
+
+    let (succeeded, _, errors) = tools::outcome(Command::new(&nbdinfo).arg(uri("nbds", &foreign)));
+    assert!(!succeeded, "a certificate of a foreign authority was accepted");
+    assert!(errors.contains("certificate"), "{errors}");
+    let plain = format!("nbd://localhost:{port}/disk");
+    let (succeeded, told, errors) = tools::outcome(Command::new(&nbdinfo).arg(plain));
+    assert!(!succeeded && !told.contains("export-size"), "a disk was shown in the clear: {told}\n{errors}");
 }

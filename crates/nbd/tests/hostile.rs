@@ -1,5 +1,7 @@
 //! Thousands of broken handshakes and requests against a live server: no panic, no hang, and good clients go on.
 
+#![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
+
 use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;

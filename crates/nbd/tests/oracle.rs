@@ -1,5 +1,7 @@
 //! A long random run through our own client and server against an array of bytes, and the server's own promises.
 
+#![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
+
 use std::io::{Read, Write};
 use std::ops::Range;
 use std::os::unix::net::UnixStream;
@@ -112,6 +114,7 @@ struct Slow {
     active: AtomicUsize,
     most_active: AtomicUsize,
     writes: AtomicUsize,
+    writes_flushed: AtomicUsize,
     panics: AtomicBool,
 }
 
@@ -123,6 +126,7 @@ impl Slow {
             active: AtomicUsize::new(0),
             most_active: AtomicUsize::new(0),
             writes: AtomicUsize::new(0),
+            writes_flushed: AtomicUsize::new(0),
             panics: AtomicBool::new(false),
         }
     }
@@ -168,6 +172,7 @@ impl BlockDevice for Slow {
     }
 
     fn flush(&self) -> Result<(), BlockError> {
+        self.writes_flushed.store(self.writes.load(Ordering::SeqCst), Ordering::SeqCst);
         Ok(())
     }
 }
@@ -185,6 +190,20 @@ fn errors_of_the_device_reach_the_client_and_the_connection_goes_on() {
     client.write_at(8192, &[5; 4096]).unwrap();
     client.read_at(8192, &mut buffer).unwrap();
     assert_eq!(buffer, [5; 4096]);
+}
+
+#[test]
+fn flush_and_forced_unit_access_are_durable_before_the_reply() {
+    let device = Arc::new(Slow::new(1 << 20, Duration::ZERO));
+    let server = serve("disk", device.clone());
+    let (client, other) = (connect(&server, "disk"), connect(&server, "disk"));
+    let flushed = || device.writes_flushed.load(Ordering::SeqCst);
+    client.write_at(0, &[1; 512]).unwrap();
+    assert_eq!(flushed(), 0, "a plain write waits for the next flush");
+    other.flush().unwrap();
+    assert_eq!(flushed(), 1, "a flush covers the writes of other connections");
+    client.write_durable(0, &[1; 512]).unwrap();
+    assert_eq!(flushed(), 2);
 }
 
 #[test]

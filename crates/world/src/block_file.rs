@@ -405,7 +405,11 @@ fn read_fully(
             // A long read fails as a whole: go on in sectors to find the one that is to blame.
             Err(_) if !searching => searching = true,
             Err(source) => {
-                return Err(BlockError::Unreadable { start: position, end: (position + piece as u64).min(end), source });
+                return Err(BlockError::Unreadable {
+                    start: position,
+                    end: (position + piece as u64).min(end),
+                    source,
+                });
             }
         }
     }
@@ -575,11 +579,7 @@ mod tests {
         let kinds: Vec<_> = device.extents(0..1 << 20).unwrap().into_iter().map(|e| (e.range, e.kind)).collect();
         assert_eq!(
             kinds,
-            [
-                (0..65_536, ExtentKind::Data),
-                (65_536..131_072, ExtentKind::Hole),
-                (131_072..1 << 20, ExtentKind::Data)
-            ]
+            [(0..65_536, ExtentKind::Data), (65_536..131_072, ExtentKind::Hole), (131_072..1 << 20, ExtentKind::Data)]
         );
     }
 }
