@@ -1,1 +1,6 @@
-//! placeholder
+//! The process server: takes changes in over replication links, makes them durable, seals them into vault objects and
+//! commits those.
+//!
+//! A change's way: ingest, [`journal`], seal, upload.
+
+pub mod journal;

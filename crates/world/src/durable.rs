@@ -5,7 +5,7 @@
 
 use std::io;
 
-use crate::files::Files;
+use crate::files::{AppendFile, Files};
 
 /// Suffix of files that were being written when the process died.
 const TEMPORARY_SUFFIX: &str = ".partial";
@@ -26,6 +26,17 @@ pub fn publish_private(files: &dyn Files, path: &str, parts: &[&[u8]], unique: &
     publish_as(files, path, parts, unique, Readers::Owner)
 }
 
+/// As [`publish`], for a file that its creator goes on appending to: `parts` are durable under the name on return, what
+/// is appended afterwards is durable after [`AppendFile::sync`].
+pub fn publish_growing(
+    files: &dyn Files,
+    path: &str,
+    parts: &[&[u8]],
+    unique: &str,
+) -> io::Result<Box<dyn AppendFile>> {
+    publish_file(files, path, parts, unique, Readers::Owner)
+}
+
 /// As [`replace`], for a file that holds a secret: only its owner may read it.
 pub fn replace_private(files: &dyn Files, path: &str, contents: &[u8], unique: &str) -> io::Result<()> {
     replace_as(files, path, contents, unique, Readers::Owner)
@@ -39,13 +50,24 @@ enum Readers {
 }
 
 fn publish_as(files: &dyn Files, path: &str, parts: &[&[u8]], unique: &str, readers: Readers) -> io::Result<()> {
+    publish_file(files, path, parts, unique, readers).map(drop)
+}
+
+fn publish_file(
+    files: &dyn Files,
+    path: &str,
+    parts: &[&[u8]],
+    unique: &str,
+    readers: Readers,
+) -> io::Result<Box<dyn AppendFile>> {
     let temporary = format!("{path}.{unique}{TEMPORARY_SUFFIX}");
-    write_synced(files, &temporary, parts, readers)?;
+    let file = write_synced(files, &temporary, parts, readers)?;
     let linked = files.link(&temporary, path);
     // The temporary name is rubbish from here on; losing this error costs a file that `sweep` finds.
     let _ = files.remove(&temporary);
     linked?;
-    files.sync_directory(directory_of(path))
+    files.sync_directory(directory_of(path))?;
+    Ok(file)
 }
 
 /// Makes `path` hold exactly `contents`, whatever it held before.
@@ -79,7 +101,12 @@ pub fn is_temporary(name: &str) -> bool {
     name.ends_with(TEMPORARY_SUFFIX)
 }
 
-fn write_synced(files: &dyn Files, path: &str, parts: &[&[u8]], readers: Readers) -> io::Result<()> {
+fn write_synced(
+    files: &dyn Files,
+    path: &str,
+    parts: &[&[u8]],
+    readers: Readers,
+) -> io::Result<Box<dyn AppendFile>> {
     let create = || match readers {
         Readers::Any => files.create_new(path),
         Readers::Owner => files.create_new_private(path),
@@ -96,7 +123,7 @@ fn write_synced(files: &dyn Files, path: &str, parts: &[&[u8]], readers: Readers
         // A full disk must not stay full of halves.
         let _ = files.remove(path);
     }
-    written
+    written.map(|()| file)
 }
 
 fn directory_of(path: &str) -> &str {
