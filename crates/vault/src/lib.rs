@@ -6,16 +6,44 @@
 //! * [`keys`]: who can read, write and name what.
 //! * [`object`]: one signed envelope around encrypted frames.
 
+pub mod chain;
 pub mod error;
 pub mod keys;
+pub mod image;
+mod image_map;
+pub mod layer;
 pub mod layout;
 pub mod limits;
+pub mod manifest;
+pub mod merge;
+pub mod numbered;
 pub mod object;
+pub mod pack;
+pub mod pack_dedup;
+pub mod parallel;
+pub mod segment;
+mod segment_absorb;
 pub mod store;
+pub mod table;
+mod table_build;
+mod table_page;
+mod table_read;
+mod table_root;
+mod table_sink;
+pub mod verify;
+pub mod vault;
+pub mod view;
+mod view_cache;
+mod view_paint;
+mod view_resolve;
+pub mod view_source;
 
+pub use chain::{ChainHistory, ChainWriter, CheckpointWish, PreparedManifest};
 pub use error::{Damage, VaultError};
 pub use keys::{OpenKeys, RecoveryKey, VaultId, WriterId, WriterKeys, WriterSession};
+pub use manifest::{Delta, Gap, GapClosed, GapScope, GeometryChange, Manifest, ManifestLink};
 pub use object::{
     Compression, FrameClass, FrameRef, FrameSealer, ObjectBuilder, ObjectKind, ObjectReader, Placement, SealedObject,
 };
+pub use vault::{Credential, UnlockedVault, Vault};
 pub use store::{FolderStore, ObjectName, ObjectStoreAdapter, Store, StoreError, probe_create_only};

@@ -1,5 +1,7 @@
 //! Makes an object in memory: frames, then the header that holds their digest, then the signature.
 
+use std::sync::Arc;
+
 use bytes::Bytes;
 
 use super::frame::{FrameKeys, Identity};
@@ -13,7 +15,7 @@ use crate::store::{ObjectName, Store, StoreError};
 /// An object being made. Frames are sealed by any number of threads with [`ObjectBuilder::sealer`] and appended in
 /// any order.
 pub struct ObjectBuilder<'a> {
-    session: &'a WriterSession,
+    session: Session<'a>,
     identity: Identity,
     sealer: FrameSealer,
     hour: u64,
@@ -73,9 +75,36 @@ impl SealedObject {
     }
 }
 
+enum Session<'a> {
+    Borrowed(&'a WriterSession),
+    Shared(Arc<WriterSession>),
+}
+
+impl std::ops::Deref for Session<'_> {
+    type Target = WriterSession;
+
+    fn deref(&self) -> &WriterSession {
+        match self {
+            Session::Borrowed(session) => session,
+            Session::Shared(session) => session,
+        }
+    }
+}
+
+impl ObjectBuilder<'static> {
+    /// As [`ObjectBuilder::new`], for builders that live in long-lived owners of the session.
+    pub fn shared(session: Arc<WriterSession>, placement: Placement, name: ObjectName) -> ObjectBuilder<'static> {
+        ObjectBuilder::begin(Session::Shared(session), placement, name)
+    }
+}
+
 impl<'a> ObjectBuilder<'a> {
     /// Begins the object `name`.
     pub fn new(session: &'a WriterSession, placement: Placement, name: ObjectName) -> ObjectBuilder<'a> {
+        ObjectBuilder::begin(Session::Borrowed(session), placement, name)
+    }
+
+    fn begin(session: Session<'a>, placement: Placement, name: ObjectName) -> ObjectBuilder<'a> {
         let hour = session.hour_key();
         let keys = session.keys();
         let identity =

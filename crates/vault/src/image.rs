@@ -1,0 +1,354 @@
+//! Images: what a heal reads becomes chunks in packs and a table over them, every entry at the heal's `p0`.
+//!
+//! This is the path of initial replication. Granules are hashed, looked up, compressed and encrypted in batches on
+//! several threads; packs are uploaded meanwhile. An image can be cut at any time: what came so far becomes a *partial
+//! image*, durable before its reference is returned, and the next one begins.
+
+use std::num::NonZeroUsize;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use replication::geometry::{ByteRange, GRANULE_BYTES, LEAF_BYTES, LEAVES_PER_GRANULE};
+use replication::{ChainId, DiskId, Generation, LeafHash, LeafKey, PlainLeafHash, SequenceNumber};
+
+use crate::error::VaultError;
+use crate::image_map::ImageMap;
+use crate::keys::WriterSession;
+use crate::layer::{LayerKind, LayerRef};
+use crate::object::{Compression, FrameClass, FrameRef, ObjectKind};
+use crate::pack::{Batch, PackWriter, SharedDedup};
+use crate::parallel;
+use crate::store::{ObjectName, Store};
+use crate::table_build::TableBuilder;
+use crate::table_sink::RollingSink;
+
+/// Bytes of granules that are worked on at once. Large enough that starting threads costs nothing, small enough to
+/// stay in the processor's cache.
+const BATCH_BYTES: usize = 4 << 20;
+const LEAF: usize = LEAF_BYTES as usize;
+
+/// What a table entry of a range without bytes says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Absence {
+    /// It was read and is zero.
+    Zero,
+    /// The disk said it is not in use.
+    Discarded,
+    /// The disk could not return it.
+    Unreadable,
+}
+
+/// How images are made.
+#[derive(Debug, Clone, Copy)]
+pub struct ImageOptions {
+    /// Whether chunks are compressed.
+    pub compression: Compression,
+    /// Threads that hash, compress and encrypt. With one, uploads happen inline too.
+    pub workers: NonZeroUsize,
+}
+
+/// Figures about an image since it was begun.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct ImageStats {
+    /// Bytes of data received.
+    pub received_bytes: u64,
+    /// Of these, bytes in leaves that were zero.
+    pub zero_bytes: u64,
+    /// Of these, bytes in chunks that were stored before.
+    pub deduplicated_bytes: u64,
+    /// Bytes of sealed chunks that were added to packs.
+    pub stored_bytes: u64,
+}
+
+/// An image that is being received.
+pub struct ImageBuilder {
+    packs: PackWriter,
+    leaf_key: LeafKey,
+    zero_leaf: [u8; LEAF],
+    chain: ChainId,
+    generation: Generation,
+    p0: SequenceNumber,
+    options: ImageOptions,
+    queue: Vec<Queued>,
+    queued_bytes: usize,
+    map: ImageMap,
+    stats: ImageStats,
+}
+
+/// Leaves of one granule, not yet worked on.
+struct Queued {
+    disk: DiskId,
+    granule: u64,
+    /// First leaf and whole leaves; disjoint and in order.
+    parts: Vec<(u8, Bytes)>,
+}
+
+/// What working on a granule gave.
+struct Prepared {
+    /// Leaves that hold data.
+    data: u16,
+    /// Leaves that are zero.
+    zero: u16,
+    hashes: Vec<LeafHash>,
+    chunk: PreparedChunk,
+}
+
+enum PreparedChunk {
+    /// All leaves are zero.
+    None,
+    Known(ObjectName, FrameRef),
+    New { name: LeafHash, plain_len: usize, sealed: Vec<u8> },
+}
+
+impl ImageBuilder {
+    /// Begins an image of a heal of `chain` that starts at `p0`.
+    pub fn new(
+        session: Arc<WriterSession>,
+        store: Arc<dyn Store>,
+        dedup: SharedDedup,
+        chain: ChainId,
+        generation: Generation,
+        p0: SequenceNumber,
+        options: ImageOptions,
+    ) -> ImageBuilder {
+        let leaf_key = session.keys().shared.leaf.clone();
+        ImageBuilder {
+            packs: PackWriter::new(session, store, dedup, options.workers),
+            leaf_key,
+            zero_leaf: [0; LEAF],
+            chain,
+            generation,
+            p0,
+            options,
+            queue: Vec::new(),
+            queued_bytes: 0,
+            map: ImageMap::default(),
+            stats: ImageStats::default(),
+        }
+    }
+
+    /// With smaller packs, for tests.
+    #[cfg(test)]
+    pub(crate) fn set_pack_bytes(&mut self, target: u64) {
+        self.packs.set_pack_bytes(target);
+    }
+
+    /// Figures so far.
+    pub fn stats(&self) -> ImageStats {
+        self.stats
+    }
+
+    /// About how many bytes the table would take if the image were cut now. Cut well before this reaches memory's
+    /// bounds: a table costs about 0.4 % of the data.
+    pub fn pending_index_bytes(&self) -> usize {
+        self.map.memory_bytes()
+    }
+
+    /// `disk` held `data` from byte `start`, a multiple of the leaf size, when it was read. If `data` is not made of
+    /// whole leaves it ends the disk, and zeroes follow. What comes later replaces what came before.
+    ///
+    /// # Errors
+    /// Those of storing packs; the builder can be used again, and [`ImageBuilder::cut`] repeats what failed.
+    pub fn data(&mut self, disk: DiskId, start: u64, data: Bytes) -> Result<(), VaultError> {
+        assert_eq!(start % LEAF_BYTES, 0, "heals move whole leaves");
+        self.stats.received_bytes += data.len() as u64;
+        let data = whole_leaves(data);
+        let Some(range) = ByteRange::between(start, start + data.len() as u64) else { return Ok(()) };
+        for part in range.split_at_multiples(GRANULE_BYTES) {
+            let bytes = data.slice(part.within(start));
+            self.queued_bytes += bytes.len();
+            let granule = part.start / GRANULE_BYTES;
+            let leaf = (part.start % GRANULE_BYTES / LEAF_BYTES) as u8;
+            match self.queue.last_mut() {
+                Some(last) if last.disk == disk && last.granule == granule && last.end() <= leaf => {
+                    last.parts.push((leaf, bytes));
+                }
+                _ => self.queue.push(Queued { disk, granule, parts: vec![(leaf, bytes)] }),
+            }
+        }
+        if self.queued_bytes >= BATCH_BYTES { self.work() } else { Ok(()) }
+    }
+
+    /// `range` of `disk`, made of whole leaves, held no bytes for the reason `absence`.
+    ///
+    /// # Errors
+    /// As [`ImageBuilder::data`].
+    pub fn absent(&mut self, disk: DiskId, range: ByteRange, absence: Absence) -> Result<(), VaultError> {
+        // Order matters where ranges overlap.
+        self.work()?;
+        self.map.add_absent(disk, range.widen_to(LEAF_BYTES), absence);
+        Ok(())
+    }
+
+    /// Makes everything received since the last cut durable and returns the layer that holds it; `None` if nothing
+    /// was received.
+    ///
+    /// # Errors
+    /// Those of the store; call again to retry. Nothing received is lost.
+    pub fn cut(&mut self) -> Result<Option<LayerRef>, VaultError> {
+        self.work()?;
+        self.packs.flush()?;
+        if self.map.is_empty() {
+            return Ok(None);
+        }
+        let session = self.packs.session();
+        let mut sink = RollingSink::new(session, self.packs.store(), ObjectKind::Image, self.chain, self.generation);
+        let mut table = TableBuilder::new();
+        self.map.write(self.p0, &mut table, &mut sink)?;
+        let (root, summary) = table.finish(&mut sink)?;
+        let layer = sink.finish(LayerKind::Image, 0, root, &summary)?;
+        self.map = ImageMap::default();
+        Ok(Some(layer))
+    }
+
+    /// Hashes, looks up, compresses and encrypts what is queued.
+    fn work(&mut self) -> Result<(), VaultError> {
+        if self.queue.is_empty() {
+            return Ok(());
+        }
+        let batch = self.packs.begin_batch(self.queue.len() as u32)?;
+        let numbered: Vec<(u32, &Queued)> = (batch.first_ordinal..).zip(&self.queue).collect();
+        let this = &*self;
+        let prepared = parallel::map(self.options.workers, &numbered, |(ordinal, queued)| {
+            this.prepare(queued, &batch, *ordinal)
+        });
+        let queue = std::mem::take(&mut self.queue);
+        self.queued_bytes = 0;
+        for ((ordinal, queued), prepared) in (batch.first_ordinal..).zip(queue).zip(prepared) {
+            self.enter(&queued, ordinal, prepared)?;
+        }
+        Ok(())
+    }
+
+    fn prepare(&self, queued: &Queued, batch: &Batch, ordinal: u32) -> Prepared {
+        let mut prepared = Prepared { data: 0, zero: 0, hashes: Vec::new(), chunk: PreparedChunk::None };
+        let whole = match &queued.parts[..] {
+            [(_, bytes)] => bytes,
+            _ => &Bytes::new(),
+        };
+        let mut gathered = Vec::new();
+        for (index, leaf) in queued.leaves() {
+            if leaf == self.zero_leaf {
+                prepared.zero |= 1 << index;
+                continue;
+            }
+            prepared.data |= 1 << index;
+            prepared.hashes.push(self.leaf_key.leaf(PlainLeafHash::of(leaf)));
+        }
+        if prepared.hashes.is_empty() {
+            return prepared;
+        }
+        let name = self.leaf_key.granule(&prepared.hashes);
+        if let Some((pack, frame)) = self.packs.find(&name) {
+            prepared.chunk = PreparedChunk::Known(pack, frame);
+            return prepared;
+        }
+        let plain = if prepared.zero == 0 && !whole.is_empty() {
+            &whole[..]
+        } else {
+            gathered.reserve(prepared.hashes.len() * LEAF);
+            let data = queued.leaves().filter(|(index, _)| prepared.data & 1 << index != 0);
+            data.for_each(|(_, leaf)| gathered.extend_from_slice(leaf));
+            &gathered
+        };
+        let sealed = batch.sealer.seal(FrameClass::Data, ordinal, plain, self.options.compression);
+        prepared.chunk = PreparedChunk::New { name, plain_len: plain.len(), sealed };
+        prepared
+    }
+
+    fn enter(&mut self, queued: &Queued, ordinal: u32, prepared: Prepared) -> Result<(), VaultError> {
+        let data_bytes = u64::from(prepared.data.count_ones()) * LEAF_BYTES;
+        self.stats.zero_bytes += u64::from(prepared.zero.count_ones()) * LEAF_BYTES;
+        let place = match prepared.chunk {
+            PreparedChunk::None => None,
+            PreparedChunk::Known(pack, frame) => {
+                self.stats.deduplicated_bytes += data_bytes;
+                Some((pack, frame))
+            }
+            PreparedChunk::New { name, plain_len, sealed } => {
+                let stored = sealed.len() as u64;
+                let place = self.packs.append(name, ordinal, plain_len, sealed)?;
+                // Another granule of the batch may have brought the same chunk.
+                let fresh = place.1.ordinal == ordinal;
+                self.stats.stored_bytes += if fresh { stored } else { 0 };
+                self.stats.deduplicated_bytes += if fresh { 0 } else { data_bytes };
+                Some(place)
+            }
+        };
+        if let Some((pack, frame)) = place {
+            self.map.add_data(queued.disk, queued.granule, prepared.data, pack, frame, &prepared.hashes);
+        }
+        let start = queued.granule * GRANULE_BYTES;
+        for run in runs(prepared.zero) {
+            self.map.add_absent(queued.disk, run.range(start), Absence::Zero);
+        }
+        Ok(())
+    }
+}
+
+impl Queued {
+    /// One past the last leaf.
+    fn end(&self) -> u8 {
+        self.parts.last().map_or(0, |(first, bytes)| first + (bytes.len() / LEAF) as u8)
+    }
+
+    fn leaves(&self) -> impl Iterator<Item = (u32, &[u8])> {
+        self.parts.iter().flat_map(|(first, bytes)| (u32::from(*first)..).zip(bytes.chunks_exact(LEAF)))
+    }
+}
+
+/// Pads the end of a disk to a whole leaf.
+fn whole_leaves(data: Bytes) -> Bytes {
+    if data.len().is_multiple_of(LEAF) {
+        return data;
+    }
+    let mut padded = data.to_vec();
+    padded.resize(data.len().next_multiple_of(LEAF), 0);
+    padded.into()
+}
+
+/// A run of leaves within a granule.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Run {
+    pub(crate) first: u32,
+    pub(crate) count: u32,
+}
+
+impl Run {
+    /// The run in the granule that begins at byte `start`.
+    pub(crate) fn range(self, start: u64) -> ByteRange {
+        ByteRange::new(start + u64::from(self.first) * LEAF_BYTES, u64::from(self.count) * LEAF_BYTES)
+    }
+}
+
+/// The runs of set bits of a granule's leaf bitmap, in order.
+pub(crate) fn runs(mut bitmap: u16) -> impl Iterator<Item = Run> {
+    std::iter::from_fn(move || {
+        let first = bitmap.trailing_zeros();
+        if u64::from(first) >= LEAVES_PER_GRANULE {
+            return None;
+        }
+        let count = (bitmap >> first).trailing_ones();
+        bitmap &= !((((1u32 << count) - 1) << first) as u16);
+        Some(Run { first, count })
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn runs_cover_exactly_the_bits_that_are_set() {
+        for bitmap in 0..=u16::MAX {
+            let mut rebuilt = 0u16;
+            let mut end = None;
+            for run in runs(bitmap) {
+                assert!(end.is_none_or(|end| run.first > end), "runs are in order and do not touch");
+                (run.first..run.first + run.count).for_each(|bit| rebuilt |= 1 << bit);
+                end = Some(run.first + run.count);
+            }
+            assert_eq!(rebuilt, bitmap);
+        }
+    }
+}
