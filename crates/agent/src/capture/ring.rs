@@ -174,10 +174,19 @@ impl RingGuard<'_> {
         self.state.used()
     }
 
+    /// The next record to read.
+    #[cfg(test)]
     pub(crate) fn next(&mut self) -> Option<Captured> {
-        let record = self.state.records.get(self.state.read)?.clone();
-        self.state.read += 1;
-        Some(record)
+        let mut batch = VecDeque::new();
+        self.read_into(&mut batch, 1);
+        batch.pop_front()
+    }
+
+    /// Appends the next records to read, at most `most`, to `batch`. One lock for many: the writers need it too.
+    pub(crate) fn read_into(&mut self, batch: &mut VecDeque<Captured>, most: usize) {
+        let end = (self.state.read + most).min(self.state.records.len());
+        batch.extend(self.state.records.range(self.state.read..end).cloned());
+        self.state.read = end;
     }
 
     /// Moves the read cursor back to the end of a record, or to the release cursor.

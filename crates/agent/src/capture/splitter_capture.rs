@@ -3,6 +3,7 @@
 //! One owner calls it from one thread, so rotations, folds and clears never race with each other; they race with
 //! writers only, and [`super::gate`] settles that.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 
 use replication::{ByteRange, DiskGeometry, DiskId, Epoch, MarkerKind};
@@ -16,11 +17,16 @@ use super::{Capture, CaptureStatus, Captured, Continuity, Mode, RingPosition};
 /// The capture of a [`super::Splitter`]. There is exactly one for each.
 pub struct SplitterCapture {
     shared: Arc<Shared>,
+    /// Records taken from the ring but not handed out yet.
+    ahead: VecDeque<Captured>,
 }
+
+/// Records taken from the ring under one lock.
+const READ_AHEAD_RECORDS_MAX: usize = 64;
 
 impl SplitterCapture {
     pub(crate) fn new(shared: Arc<Shared>) -> SplitterCapture {
-        SplitterCapture { shared }
+        SplitterCapture { shared, ahead: VecDeque::new() }
     }
 
     fn index(&self, disk: DiskId) -> usize {
@@ -34,14 +40,22 @@ impl Capture for SplitterCapture {
     }
 
     fn next(&mut self) -> Option<Captured> {
-        self.shared.ring.lock().next()
+        if self.ahead.is_empty() {
+            self.shared.ring.lock().read_into(&mut self.ahead, READ_AHEAD_RECORDS_MAX);
+        }
+        self.ahead.pop_front()
     }
 
     fn rewind(&mut self, to: RingPosition) {
+        self.ahead.clear();
         self.shared.ring.lock().rewind(to);
     }
 
     fn release(&mut self, through: RingPosition) {
+        // After a rewind, what the other side turns out to have is released unread.
+        while self.ahead.front().is_some_and(|record| record.end <= through) {
+            self.ahead.pop_front();
+        }
         self.shared.ring.release(through);
     }
 

@@ -145,7 +145,8 @@ struct Replica {
 
 impl Replica {
     fn new(disks: &[Arc<MemoryDisk>]) -> Replica {
-        let empty = |disk: &Arc<MemoryDisk>| (vec![0xAA; disk.size() as usize], vec![0; (disk.size() / SECTOR) as usize]);
+        let empty =
+            |disk: &Arc<MemoryDisk>| (vec![0xAA; disk.size() as usize], vec![0; (disk.size() / SECTOR) as usize]);
         Replica { disks: disks.iter().map(empty).collect(), number: 0 }
     }
 
@@ -545,8 +546,10 @@ fn a_write_in_flight_keeps_its_epoch_unsettled() {
         assert!(!capture.has_unstreamed(first));
         assert!(!capture.settled(second.next()), "writes may begin under the current epoch at any time");
     });
-    let epochs: Vec<Epoch> =
-        std::iter::from_fn(|| capture.next()).filter(|record| record.kinds[0].range().is_some()).map(|r| r.epoch).collect();
+    let epochs: Vec<Epoch> = std::iter::from_fn(|| capture.next())
+        .filter(|record| record.kinds[0].range().is_some())
+        .map(|r| r.epoch)
+        .collect();
     assert_eq!(epochs, [first, first.next()]);
 }
 
@@ -576,7 +579,8 @@ fn a_full_ring_breaks_the_stream_until_the_next_rotation() {
     assert_eq!(capture.next(), None);
     assert_eq!(capture.status().gap_count, 1);
     // Writes before the break are in the ring, in order; those after it are in the heal set.
-    let starts: Vec<u64> = records.iter().filter_map(|record| record.kinds[0].range()).map(|range| range.start).collect();
+    let starts: Vec<u64> =
+        records.iter().filter_map(|record| record.kinds[0].range()).map(|range| range.start).collect();
     assert_eq!(starts, [0, GRANULE_BYTES, 2 * GRANULE_BYTES]);
     let next = capture.rotate(Mode::Stream).expect("free");
     assert!(capture.mark(MarkerKind::Crash, "here"));
@@ -586,6 +590,31 @@ fn a_full_ring_breaks_the_stream_until_the_next_rotation() {
     let kinds: Vec<ChangeKind> = std::iter::from_fn(|| capture.next()).flat_map(|record| record.kinds).collect();
     assert_eq!(kinds[0], ChangeKind::Marker { kind: MarkerKind::Crash, name: "here".to_owned() });
     assert_eq!(kinds[1].range(), Some(ByteRange::new(5 * GRANULE_BYTES, 4096)));
+}
+
+#[test]
+fn a_reader_goes_back_to_what_is_not_released() {
+    let disks = [MemoryDisk::new(64 * GRANULE_BYTES)];
+    let (splitter, mut capture) = open(&disks, &MemoryMapStore::new(), 1 << 20);
+    capture.rotate(Mode::Stream).expect("free");
+    for sector in 0..200 {
+        splitter.disk(DiskId(0)).expect("known").write_at(sector * SECTOR, &[1; 512]).expect("written");
+    }
+    let all: Vec<Captured> = std::iter::from_fn(|| capture.next()).collect();
+    assert_eq!(all.len(), 201, "with the disk's description");
+    capture.release(all[49].end);
+    capture.rewind(all[49].end);
+    assert_eq!(capture.next().as_ref(), Some(&all[50]));
+    capture.rewind(all[49].end);
+    assert_eq!(capture.next().as_ref(), Some(&all[50]));
+    // After a reconnect the other side turns out to have more than was read again.
+    capture.release(all[80].end);
+    assert_eq!(capture.next().as_ref(), Some(&all[81]));
+    capture.release(all[200].end);
+    assert_eq!(capture.next(), None);
+    assert_eq!(capture.status().ring_bytes_used, 0);
+    capture.rewind(all[200].end);
+    assert_eq!(capture.status().producer, all[200].end);
 }
 
 #[test]
@@ -852,7 +881,10 @@ fn what_does_not_fit_together_is_refused() {
     let twice = vec![disk(geometry(3, 4096)), disk(geometry(3, 4096))];
     assert_eq!(open(twice).as_deref(), Some("disk 3 is named twice"));
     let odd = ProtectedDisk { geometry: geometry(0, 1000), device: MemoryDisk::new(1000) };
-    assert_eq!(open(vec![odd]).as_deref(), Some("disk 0 has 1000 bytes, which is not a whole number of 512-byte sectors"));
+    assert_eq!(
+        open(vec![odd]).as_deref(),
+        Some("disk 0 has 1000 bytes, which is not a whole number of 512-byte sectors")
+    );
     let many = (0..65).map(|index| disk(geometry(index, 4096))).collect();
     assert_eq!(open(many).as_deref(), Some("65 disks are more than a machine can have (64)"));
 }
