@@ -69,6 +69,13 @@ pub enum VaultError {
         /// The number that was lost.
         number: u64,
     },
+    /// An object that does not count holds the name of this manifest. Begin, fill and prepare it again: it gets the
+    /// next number.
+    #[error("number {number} of the chain is taken by an object that does not count")]
+    NumberBurnt {
+        /// The burnt number.
+        number: u64,
+    },
     /// The chain already exists, or does not.
     #[error("chain {chain}: {reason}")]
     WrongChainState {

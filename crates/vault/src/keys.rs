@@ -72,19 +72,19 @@ impl WriterId {
 }
 
 macro_rules! secret {
-    ($(#[$doc:meta])* $name:ident) => {
+    ($(#[$doc:meta])* $vis:vis $name:ident) => {
         $(#[$doc])*
         #[derive(Clone, Zeroize, ZeroizeOnDrop)]
-        pub struct $name([u8; 32]);
+        $vis struct $name([u8; 32]);
 
         impl $name {
             /// A secret from its 32 bytes.
-            pub fn new(bytes: [u8; 32]) -> $name {
+            $vis fn new(bytes: [u8; 32]) -> $name {
                 $name(bytes)
             }
 
             /// The secret's bytes, for sealing them.
-            pub fn expose(&self) -> &[u8; 32] {
+            $vis fn expose(&self) -> &[u8; 32] {
                 &self.0
             }
         }
@@ -100,15 +100,15 @@ pub(crate) use secret;
 
 secret! {
     /// Encrypts everything that is not disk data: indexes, manifests, the catalog.
-    IndexKey
+    pub IndexKey
 }
 secret! {
     /// Names of manifests and catalog entries are tagged under it, so that nobody without it can burn numbers.
-    NameKey
+    pub NameKey
 }
 secret! {
     /// Seed of an Ed25519 signing key.
-    SigningSecret
+    pub SigningSecret
 }
 
 /// The vault owner's signing secret.

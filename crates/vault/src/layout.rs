@@ -2,7 +2,7 @@
 
 use replication::{ChainId, Generation};
 
-use crate::keys::WriterId;
+use crate::keys::{VaultId, WriterId};
 use crate::store::ObjectName;
 
 fn name(text: String) -> ObjectName {
@@ -23,14 +23,19 @@ pub const CATALOG: &str = "catalog/";
 /// Folder of chains.
 pub const CHAINS: &str = "chains/";
 
+/// Folder of one vault's keys. The id keeps the leftovers of a vault that was never finished apart.
+pub fn keys_of(vault: VaultId) -> String {
+    format!("keys/{vault}/")
+}
+
 /// The shared keys of one epoch.
-pub fn shared_keys(epoch: u32) -> ObjectName {
-    name(format!("keys/shared-{epoch}"))
+pub fn shared_keys(vault: VaultId, epoch: u32) -> ObjectName {
+    name(format!("keys/{vault}/shared-{epoch}"))
 }
 
 /// A key slot.
-pub fn key_slot(unique: u64) -> ObjectName {
-    name(format!("keys/slot-{unique:016x}"))
+pub(crate) fn key_slot(vault: VaultId, kind: &str, unique: u64) -> ObjectName {
+    name(format!("keys/{vault}/slot-{kind}-{unique:016x}"))
 }
 
 /// A writer's grant.

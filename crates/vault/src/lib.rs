@@ -6,6 +6,7 @@
 //! * [`keys`]: who can read, write and name what.
 //! * [`object`]: one signed envelope around encrypted frames.
 
+pub mod catalog;
 pub mod chain;
 pub mod error;
 pub mod keys;
@@ -21,6 +22,7 @@ pub mod object;
 pub mod pack;
 pub mod pack_dedup;
 pub mod parallel;
+pub mod points;
 pub mod segment;
 mod segment_absorb;
 pub mod store;
@@ -30,14 +32,21 @@ mod table_page;
 mod table_read;
 mod table_root;
 mod table_sink;
+#[cfg(test)]
+mod table_tests;
 pub mod verify;
 pub mod vault;
 pub mod view;
 mod view_cache;
 mod view_paint;
 mod view_resolve;
+#[cfg(test)]
+mod view_fixture;
 pub mod view_source;
+#[cfg(test)]
+mod view_tests;
 
+pub use catalog::{Catalog, CatalogEntry};
 pub use chain::{ChainHistory, ChainWriter, CheckpointWish, PreparedManifest};
 pub use error::{Damage, VaultError};
 pub use keys::{OpenKeys, RecoveryKey, VaultId, WriterId, WriterKeys, WriterSession};
@@ -45,5 +54,6 @@ pub use manifest::{Delta, Gap, GapClosed, GapScope, GeometryChange, Manifest, Ma
 pub use object::{
     Compression, FrameClass, FrameRef, FrameSealer, ObjectBuilder, ObjectKind, ObjectReader, Placement, SealedObject,
 };
+pub use points::{Moment, Point, PointError, Points};
 pub use vault::{Credential, UnlockedVault, Vault};
 pub use store::{FolderStore, ObjectName, ObjectStoreAdapter, Store, StoreError, probe_create_only};

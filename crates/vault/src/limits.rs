@@ -34,3 +34,25 @@ pub const ARGON2_PASSES_MAX: u32 = 64;
 pub const PROBE_RACERS: usize = 4;
 /// Names they race for.
 pub const PROBE_RACES: usize = 8;
+/// Manifests after which a writer adds a checkpoint.
+pub const CHECKPOINT_EVERY: usize = 64;
+/// Most manifests that one checkpoint covers.
+pub const COVERED_MAX: u64 = 4096;
+/// Most layers named by one manifest. A generation has fewer live ones as long as its writer merges.
+pub const LAYERS_MAX: u64 = 1 << 16;
+/// Most gaps of one generation. A writer that needs more opens the next generation.
+pub const GAPS_MAX: u64 = 4096;
+/// Most ranges one gap names.
+pub const GAP_RANGES_MAX: u64 = 4096;
+/// Most unreadable ranges recorded by one generation.
+pub const DEFECTS_MAX: u64 = 1 << 16;
+/// Most geometry records of one generation.
+pub const GEOMETRIES_MAX: u64 = 4096;
+/// Most cuts in one manifest or one checkpoint.
+pub const CUTS_MAX: u64 = 1 << 18;
+/// Most links to earlier checkpoints.
+pub const SKIPS_MAX: u64 = 512;
+/// Longest text that explains a gap, a generation or a defect, in bytes.
+pub const REASON_BYTES_MAX: usize = 1024;
+/// Invalid manifests at the end of a chain that the fast way of reading it skips.
+pub const INVALID_AT_HEAD_MAX: usize = 16;

@@ -20,6 +20,7 @@ pub use builder::{ObjectBuilder, SealedObject};
 pub use frame::{Compression, FrameSealer};
 pub use header::{Header, Placement};
 pub use reader::{ObjectReader, verify_body_without_keys};
+pub(crate) use reader::{read_header, verify_signature};
 
 /// What an object is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]

@@ -15,7 +15,7 @@ use zeroize::{Zeroize, ZeroizeOnDrop};
 
 secret! {
     /// The X25519 secret that opens data keys and shared keys. Needed only where branches are opened or maintenance runs.
-    ReadSecret
+    pub ReadSecret
 }
 
 /// The public half of a [`ReadSecret`]: all that a writer needs.

@@ -16,7 +16,7 @@ use zeroize::{Zeroize, ZeroizeOnDrop};
 
 secret! {
     /// Encrypts the disk data that one writer commits within one hour.
-    DataKey
+    pub(crate) DataKey
 }
 
 /// Everything a process server or branch host needs to write to a vault, and nothing that decrypts disk data.

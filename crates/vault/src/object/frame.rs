@@ -257,7 +257,8 @@ mod tests {
                     prop_assert_eq!(keys.open(&frame, &changed), Err(Damage::Frame(ordinal)));
                     let elsewhere = FrameKeys::new(&identity("b"), Some(&[5; 32]), &[6; 32]);
                     prop_assert!(elsewhere.open(&frame, &sealed).is_err());
-                    prop_assert!(keys.open(&FrameRef { ordinal: ordinal + 1, ..frame }, &sealed).is_err());
+                    let misplaced = FrameRef { ordinal: ordinal + 1, ..frame };
+                    prop_assert!(keys.open(&misplaced, &sealed).is_err());
                 }
             }
         }

@@ -1,0 +1,256 @@
+//! Chains: which manifests count, what they add up to, and who writes the next one.
+//!
+//! Manifest *n* counts if it is the first, from number 1 on and without a hole, that names the last counting one as its
+//! parent and either continues its generation as the same writer or opens the next. Objects that do not count burn
+//! their number, are reported as [`Alarm`]s, and are never deleted: a sleeping writer would try that very name.
+//!
+//! [`ChainHistory::load`] reads a chain without reading all of it, by trusting a writer's checkpoints for that writer's
+//! own generation. [`ChainHistory::load_all`] trusts nothing but the manifests themselves; both give the same answer.
+
+mod walk;
+mod writer;
+
+use std::sync::Arc;
+
+use replication::{ChainId, Generation, MachineId, PointTime, Position, SequenceNumber};
+
+use crate::error::VaultError;
+use crate::keys::{ObjectNonce, OpenKeys, WriterId};
+use crate::layer::{LayerKind, LayerRef};
+use crate::layout;
+use crate::manifest::{Defect, Gap, GenerationState, GeometryChange, ManifestKind, ManifestLink, SignedManifest};
+use crate::numbered::NumberedNames;
+use crate::store::{ObjectName, Store};
+
+pub use writer::{ChainWriter, CheckpointWish, ManifestBuilder, PreparedManifest};
+
+/// Something in a chain's folder that does not count.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Alarm {
+    /// Not a manifest's name: someone without the name key put it there.
+    Untagged(ObjectName),
+    /// A manifest's name holding something that is damaged or not from a granted writer. Its number is burnt.
+    Invalid {
+        /// The burnt number.
+        number: u64,
+        /// What is wrong.
+        reason: String,
+    },
+    /// A well-formed manifest that does not continue the chain, such as a stale writer's. Its number is burnt.
+    Rejected {
+        /// The burnt number.
+        number: u64,
+        /// Who wrote it.
+        writer: WriterId,
+    },
+    /// A well-formed manifest continues one that is damaged or missing: history was lost. Until somebody has looked,
+    /// nobody may write: a new generation would bury what another copy of the vault may still have.
+    LostParent {
+        /// The manifest that cannot be reached.
+        number: u64,
+        /// The damaged or missing one.
+        parent: u64,
+    },
+}
+
+/// One writer session of a chain.
+#[derive(Debug, Clone)]
+pub struct GenerationHistory {
+    /// Which.
+    pub generation: Generation,
+    /// Its writer.
+    pub writer: WriterId,
+    /// Number of its first manifest.
+    pub opened: u64,
+    /// Why it was opened; `None` for a chain's first.
+    pub reason: Option<String>,
+    /// Its newest manifest.
+    pub last: ManifestLink,
+    /// Everything it committed.
+    pub through: SequenceNumber,
+    /// What its manifests add up to.
+    pub state: GenerationState,
+}
+
+/// What a chain holds.
+#[derive(Debug, Clone)]
+pub struct ChainHistory {
+    /// Which chain.
+    pub chain: ChainId,
+    /// The machine whose disks it holds.
+    pub machine: MachineId,
+    /// For a branch: the position below it.
+    pub parent: Option<Position>,
+    /// The newest manifest that counts.
+    pub head: ManifestLink,
+    /// Number of the next manifest: the head's, plus one, plus one per burnt number behind it.
+    pub next_number: u64,
+    /// Everything committed.
+    pub through: SequenceNumber,
+    /// The source is proven to have written nothing else before this moment.
+    pub proven_through: PointTime,
+    /// Skew of the source's clock at the head, in nanoseconds.
+    pub skew_ns: i64,
+    /// The generations, oldest first; never empty.
+    pub generations: Vec<GenerationHistory>,
+    /// What does not count, of what was seen. A complete list comes from [`ChainHistory::load_all`].
+    pub alarms: Vec<Alarm>,
+}
+
+impl ChainHistory {
+    /// Reads what `chain` holds: one page of a listing, the head, and per generation at most one checkpoint and the
+    /// manifests since.
+    ///
+    /// # Errors
+    /// [`VaultError::WrongChainState`] if there is no such chain; [`VaultError::NewerFormat`] if a newer program wrote
+    /// to it; errors of the store.
+    pub fn load(store: &Arc<dyn Store>, keys: &OpenKeys, chain: ChainId) -> Result<ChainHistory, VaultError> {
+        walk::fast(store, keys, chain)?.map_or_else(|| ChainHistory::load_all(store, keys, chain), Ok)
+    }
+
+    /// As [`ChainHistory::load`], reading every manifest and trusting no checkpoint.
+    ///
+    /// # Errors
+    /// As [`ChainHistory::load`].
+    pub fn load_all(store: &Arc<dyn Store>, keys: &OpenKeys, chain: ChainId) -> Result<ChainHistory, VaultError> {
+        walk::complete(store, keys, chain)?
+            .ok_or(VaultError::WrongChainState { chain, reason: "there is no such chain in this vault" })
+    }
+
+    /// The newest generation.
+    pub fn generation(&self) -> &GenerationHistory {
+        self.generations.last().expect("a chain has a generation")
+    }
+
+    /// All layers that count, newest first: by their largest sequence number, images of equal number last.
+    pub fn layers(&self) -> Vec<LayerRef> {
+        let mut layers: Vec<LayerRef> =
+            self.generations.iter().flat_map(|generation| generation.state.layers.iter().cloned()).collect();
+        layers.sort_by_key(|layer| std::cmp::Reverse((layer.last, layer.kind != LayerKind::Image)));
+        layers
+    }
+
+    /// All gaps, by position, with the ends that later generations recorded.
+    pub fn gaps(&self) -> Vec<Gap> {
+        let mut gaps: Vec<Gap> = Vec::new();
+        for generation in &self.generations {
+            for closed in &generation.state.gaps_closed {
+                if let Some(gap) = gaps.iter_mut().find(|gap| gap.is_closed_by(closed)) {
+                    gap.until = Some((closed.until, closed.time));
+                }
+            }
+            gaps.extend(generation.state.gaps.iter().cloned());
+        }
+        gaps.sort_by_key(|gap| gap.after);
+        gaps
+    }
+
+    /// All recorded geometries, oldest first.
+    pub fn geometries(&self) -> Vec<GeometryChange> {
+        self.generations.iter().flat_map(|generation| generation.state.geometries.iter().cloned()).collect()
+    }
+
+    /// The disks as they are at `sequence`, by id.
+    pub fn geometry_at(&self, sequence: SequenceNumber) -> Vec<replication::DiskGeometry> {
+        let mut disks = std::collections::BTreeMap::new();
+        for change in self.geometries() {
+            if change.sequence <= sequence {
+                disks.insert(change.geometry.disk, change.geometry);
+            }
+        }
+        disks.into_values().collect()
+    }
+
+    /// All unreadable ranges, oldest first.
+    pub fn defects(&self) -> Vec<Defect> {
+        self.generations.iter().flat_map(|generation| generation.state.defects.iter().cloned()).collect()
+    }
+
+    /// The newest openable cut of any generation.
+    pub fn last_cut(&self) -> Option<(SequenceNumber, PointTime)> {
+        self.generations.iter().rev().find_map(|generation| generation.state.last_cut)
+    }
+
+    /// Whether the manifest that a writer was about to put, when it lost the answer or its life, is part of the chain.
+    ///
+    /// # Errors
+    /// Those of the store.
+    pub fn contains(
+        &self,
+        store: &Arc<dyn Store>,
+        keys: &OpenKeys,
+        number: u64,
+        nonce: ObjectNonce,
+    ) -> Result<bool, VaultError> {
+        if number > self.head.number {
+            return Ok(false);
+        }
+        // A burnt number may hold one's own nonce too: the manifest that was refused. Only the chain knows.
+        let names = NumberedNames::of_chain(&keys.shared().name, self.chain);
+        let mut link = Some(self.head);
+        for generation in self.generations.iter().rev() {
+            if number < generation.opened {
+                continue;
+            }
+            let known = generation.state.since_checkpoint.iter().chain([&generation.last]);
+            if let Some(found) = known.clone().find(|known| known.number == number) {
+                return Ok(found.nonce == nonce);
+            }
+            link = generation.state.last_checkpoint().map(|link| link.manifest);
+            break;
+        }
+        while let Some(current) = link.filter(|link| link.number >= number) {
+            if current.number == number {
+                return Ok(current.nonce == nonce);
+            }
+            link = SignedManifest::read(store, keys, &names, self.chain, current.number)?.manifest.parent;
+        }
+        Ok(false)
+    }
+}
+
+/// All chains that have a folder in the vault, in the order of their ids.
+///
+/// # Errors
+/// Those of the store.
+pub fn list_chains(store: &dyn Store) -> Result<Vec<ChainId>, VaultError> {
+    let mut chains: Vec<ChainId> = Vec::new();
+    let mut after: Option<ObjectName> = None;
+    let mut seen = String::new();
+    loop {
+        // One name per chain, then jump over its folder; what strangers put behind the jump is passed one by one.
+        let page = store.list(layout::CHAINS, after.as_ref(), 1)?;
+        let Some(name) = page.into_iter().next() else { return Ok(chains) };
+        let folder = name.as_str()[layout::CHAINS.len()..].split('/').next().unwrap_or_default().to_owned();
+        if folder == seen {
+            after = Some(name);
+            continue;
+        }
+        chains.extend(folder.parse::<ChainId>().ok());
+        after = ObjectName::new(format!("{}{folder}/zzzz", layout::CHAINS)).ok().or(Some(name));
+        seen = folder;
+    }
+}
+
+impl GenerationHistory {
+    fn opening(manifest: &SignedManifest) -> GenerationHistory {
+        GenerationHistory {
+            generation: manifest.generation,
+            writer: manifest.writer,
+            opened: manifest.manifest.opened,
+            reason: match &manifest.manifest.kind {
+                ManifestKind::OpenGeneration { reason, .. } => Some(reason.clone()),
+                ManifestKind::Genesis { .. } | ManifestKind::Append => None,
+            },
+            last: manifest.link,
+            through: manifest.manifest.delta.through,
+            state: GenerationState::default(),
+        }
+    }
+
+    fn add(&mut self, manifest: &SignedManifest) {
+        self.state.apply(manifest.link, &manifest.manifest);
+        self.last = manifest.link;
+        self.through = manifest.manifest.delta.through;
+    }
+}

@@ -1,0 +1,257 @@
+//! The two ways of reading a chain: all of it, or its newest end and checkpoints.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use replication::ChainId;
+
+use super::{Alarm, ChainHistory, GenerationHistory};
+use crate::error::VaultError;
+use crate::keys::OpenKeys;
+use crate::limits;
+use crate::manifest::{GenerationState, ManifestKind, ManifestLink, SignedManifest};
+use crate::numbered::NumberedNames;
+use crate::store::Store;
+
+/// A verdict that every reader reaches alike.
+pub(super) enum Judged {
+    /// Well-formed and signed by a granted writer.
+    Signed(Box<SignedManifest>),
+    /// Damaged or foreign, for ever.
+    Invalid(String),
+}
+
+/// Where a chain is read from.
+pub(super) struct ChainReader<'a> {
+    pub(super) store: &'a Arc<dyn Store>,
+    pub(super) keys: &'a OpenKeys,
+    pub(super) chain: ChainId,
+    pub(super) names: NumberedNames,
+}
+
+impl<'a> ChainReader<'a> {
+    pub(super) fn new(store: &'a Arc<dyn Store>, keys: &'a OpenKeys, chain: ChainId) -> ChainReader<'a> {
+        ChainReader { store, keys, chain, names: NumberedNames::of_chain(&keys.shared().name, chain) }
+    }
+
+    pub(super) fn judge(&self, number: u64) -> Result<Judged, VaultError> {
+        match SignedManifest::read(self.store, self.keys, &self.names, self.chain, number) {
+            Ok(manifest) => Ok(Judged::Signed(Box::new(manifest))),
+            Err(error) if error.condemns_object() => Ok(Judged::Invalid(error.to_string())),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The manifest that `link` names, or `None` if what is there is another.
+    fn follow(&self, link: &ManifestLink) -> Result<Option<SignedManifest>, VaultError> {
+        match self.judge(link.number) {
+            Ok(Judged::Signed(manifest)) if manifest.link == *link => Ok(Some(*manifest)),
+            Ok(_) | Err(VaultError::Store(crate::store::StoreError::NotFound(_))) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+/// Reads every manifest in order. `None` if no manifest counts.
+pub(super) fn complete(
+    store: &Arc<dyn Store>,
+    keys: &OpenKeys,
+    chain: ChainId,
+) -> Result<Option<ChainHistory>, VaultError> {
+    let reader = ChainReader::new(store, keys, chain);
+    let mut alarms = Vec::new();
+    let mut present = BTreeMap::new();
+    store.for_each(reader.names.folder(), |name| -> Result<bool, VaultError> {
+        match reader.names.number(&name) {
+            Some(number) => {
+                present.insert(number, ());
+            }
+            None => alarms.push(Alarm::Untagged(name)),
+        }
+        Ok(true)
+    })?;
+    let mut genesis: Option<SignedManifest> = None;
+    let mut head: Option<SignedManifest> = None;
+    let mut generations: Vec<GenerationHistory> = Vec::new();
+    let mut number = 1;
+    while present.remove(&number).is_some() {
+        match reader.judge(number)? {
+            Judged::Invalid(reason) => alarms.push(Alarm::Invalid { number, reason }),
+            Judged::Signed(manifest) if manifest.continues(head.as_ref()) => {
+                if manifest.manifest.opened == number {
+                    generations.push(GenerationHistory::opening(&manifest));
+                }
+                generations.last_mut().expect("the first manifest opens a generation").add(&manifest);
+                genesis.get_or_insert_with(|| (*manifest).clone());
+                head = Some(*manifest);
+            }
+            Judged::Signed(manifest) => {
+                alarms.push(Alarm::Rejected { number, writer: manifest.writer });
+                alarms.extend(lost_parent(&manifest, head.as_ref()));
+            }
+        }
+        number += 1;
+    }
+    // Behind a hole nothing counts, but what claims to continue something is a sign of loss.
+    for number in present.into_keys() {
+        match reader.judge(number)? {
+            Judged::Invalid(reason) => alarms.push(Alarm::Invalid { number, reason }),
+            Judged::Signed(manifest) => {
+                alarms.push(Alarm::Rejected { number, writer: manifest.writer });
+                alarms.extend(lost_parent(&manifest, head.as_ref()));
+            }
+        }
+    }
+    Ok(genesis.zip(head).map(|(genesis, head)| history(&genesis, &head, number, generations, alarms, chain)))
+}
+
+/// A signed manifest above the head that names a parent above the head continues something that is gone.
+fn lost_parent(manifest: &SignedManifest, head: Option<&SignedManifest>) -> Option<Alarm> {
+    let parent = manifest.manifest.parent?.number;
+    (parent > head.map_or(0, |head| head.link.number))
+        .then_some(Alarm::LostParent { number: manifest.link.number, parent })
+}
+
+/// Reads the newest end and the checkpoints. `None` if anything is unusual: then only a complete reading can tell.
+pub(super) fn fast(
+    store: &Arc<dyn Store>,
+    keys: &OpenKeys,
+    chain: ChainId,
+) -> Result<Option<ChainHistory>, VaultError> {
+    let reader = ChainReader::new(store, keys, chain);
+    let page = store.list(reader.names.folder(), None, limits::INVALID_AT_HEAD_MAX + 1)?;
+    let mut alarms = Vec::new();
+    let mut burnt = Vec::new();
+    let mut head = None;
+    let mut expected = None;
+    for name in page {
+        let Some(number) = reader.names.number(&name) else {
+            alarms.push(Alarm::Untagged(name));
+            continue;
+        };
+        if expected.is_some_and(|expected| expected != number) {
+            return Ok(None);
+        }
+        expected = Some(number - 1);
+        match reader.judge(number)? {
+            Judged::Signed(manifest) => {
+                head = Some(manifest);
+                break;
+            }
+            Judged::Invalid(reason) => burnt.push(Alarm::Invalid { number, reason }),
+        }
+    }
+    let Some(head) = head else { return Ok(None) };
+    let next_number = head.link.number + 1 + burnt.len() as u64;
+    alarms.extend(burnt.into_iter().rev());
+
+    let mut generations = Vec::new();
+    let mut last = (*head).clone();
+    let genesis = loop {
+        let Some((generation, opening)) = one_generation(&reader, &last, &mut alarms)? else { return Ok(None) };
+        generations.insert(0, generation);
+        match opening.manifest.parent {
+            None if opening.continues(None) && none_between(&reader, 0, opening.link.number, &mut alarms)? => {
+                break opening;
+            }
+            None => return Ok(None),
+            Some(parent) => {
+                let Some(before) = reader.follow(&parent)? else { return Ok(None) };
+                if !opening.continues(Some(&before))
+                    || !none_between(&reader, parent.number, opening.link.number, &mut alarms)?
+                {
+                    return Ok(None);
+                }
+                last = before;
+            }
+        }
+    };
+    Ok(Some(history(&genesis, &head, next_number, generations, alarms, chain)))
+}
+
+/// Reads the generation that ends with `last`: back to its last checkpoint, or to its opening. Returns it with its
+/// opening manifest.
+fn one_generation(
+    reader: &ChainReader<'_>,
+    last: &SignedManifest,
+    alarms: &mut Vec<Alarm>,
+) -> Result<Option<(GenerationHistory, SignedManifest)>, VaultError> {
+    let mut tail = vec![last.clone()];
+    let opening = loop {
+        let oldest = tail.last().expect("begins with one");
+        if oldest.manifest.opened == oldest.link.number {
+            break oldest.clone();
+        }
+        if oldest.manifest.checkpoint.is_some() {
+            // The generation's own writer vouches for what lies between its opening and its checkpoint.
+            let Judged::Signed(opening) = reader.judge(oldest.manifest.opened)? else { return Ok(None) };
+            let opens =
+                matches!(opening.manifest.kind, ManifestKind::Genesis { .. } | ManifestKind::OpenGeneration { .. });
+            if !opens || opening.generation != last.generation || opening.writer != last.writer {
+                return Ok(None);
+            }
+            break *opening;
+        }
+        let Some(parent) = oldest.manifest.parent else { return Ok(None) };
+        let Some(before) = reader.follow(&parent)? else { return Ok(None) };
+        if !oldest.continues(Some(&before)) || !none_between(reader, parent.number, oldest.link.number, alarms)? {
+            return Ok(None);
+        }
+        tail.push(before);
+    };
+    let mut generation = GenerationHistory::opening(&opening);
+    for manifest in tail.iter().rev() {
+        match &manifest.manifest.checkpoint {
+            Some(checkpoint) if manifest.link == tail.last().expect("not empty").link => {
+                generation.state = GenerationState::from_checkpoint(manifest.link, checkpoint);
+                generation.last = manifest.link;
+                generation.through = manifest.manifest.delta.through;
+            }
+            _ => generation.add(manifest),
+        }
+    }
+    Ok(Some((generation, opening)))
+}
+
+/// Whether the numbers between two linked manifests, if there are any, are burnt by invalid objects. A signed
+/// manifest there could count instead of the later one.
+fn none_between(
+    reader: &ChainReader<'_>,
+    before: u64,
+    after: u64,
+    alarms: &mut Vec<Alarm>,
+) -> Result<bool, VaultError> {
+    for number in before + 1..after {
+        match reader.judge(number) {
+            Ok(Judged::Invalid(reason)) => alarms.push(Alarm::Invalid { number, reason }),
+            Ok(Judged::Signed(_)) | Err(VaultError::Store(crate::store::StoreError::NotFound(_))) => return Ok(false),
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(true)
+}
+
+fn history(
+    genesis: &SignedManifest,
+    head: &SignedManifest,
+    next_number: u64,
+    generations: Vec<GenerationHistory>,
+    alarms: Vec<Alarm>,
+    chain: ChainId,
+) -> ChainHistory {
+    let ManifestKind::Genesis { machine, parent } = genesis.manifest.kind else {
+        unreachable!("a chain's first manifest is its genesis: SignedManifest::continues has checked")
+    };
+    ChainHistory {
+        chain,
+        machine,
+        parent,
+        head: head.link,
+        next_number,
+        through: head.manifest.delta.through,
+        proven_through: head.manifest.delta.proven_through,
+        skew_ns: head.manifest.delta.skew_ns,
+        generations,
+        alarms,
+    }
+}

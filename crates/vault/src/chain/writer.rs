@@ -1,0 +1,376 @@
+//! The one writer of a chain: wins its next name, again and again, until somebody else does.
+//!
+//! ```text
+//! begin ─► fill (frames, layers) ─► prepare ─► [journal number and nonce] ─► put ─┬─► committed
+//!                                                 ▲             retry same bytes ─┤
+//!                                                 └── number burnt: begin again ──┼─► fenced: final
+//! ```
+//! A crash leaves either nothing or a complete manifest. The journaled nonce tells which, see
+//! [`ChainHistory::contains`].
+
+use std::sync::Arc;
+
+use replication::{ChainId, Generation, MachineId, PointTime, Position, SequenceNumber};
+
+use super::walk::{ChainReader, Judged};
+use super::{Alarm, ChainHistory};
+use crate::error::VaultError;
+use crate::keys::{ObjectNonce, OpenKeys, WriterSession};
+use crate::limits;
+use crate::manifest::{
+    Delta, GenerationState, Manifest, ManifestKind, ManifestLink, SignedManifest, decode_manifest, encode_manifest,
+};
+use crate::object::{Compression, FrameClass, ObjectBuilder, ObjectKind, Placement, SealedObject};
+use crate::store::{Store, StoreError};
+
+/// Holds one generation of one chain.
+pub struct ChainWriter {
+    store: Arc<dyn Store>,
+    session: Arc<WriterSession>,
+    keys: Arc<OpenKeys>,
+    chain: ChainId,
+    generation: Generation,
+    opened: u64,
+    head: ManifestLink,
+    next_number: u64,
+    through: SequenceNumber,
+    proven_through: PointTime,
+    state: GenerationState,
+    fenced: Option<u64>,
+}
+
+/// A manifest being filled. Small segments put their frames into [`ManifestBuilder::object`].
+pub struct ManifestBuilder {
+    /// The object that will be the manifest.
+    pub object: ObjectBuilder<'static>,
+    number: u64,
+}
+
+/// A finished manifest, ready to be put. Journal its number and nonce first, then put these very bytes, as often as it
+/// takes.
+pub struct PreparedManifest {
+    /// Its number.
+    pub number: u64,
+    /// Its nonce.
+    pub nonce: ObjectNonce,
+    object: SealedObject,
+    manifest: Manifest,
+}
+
+impl PreparedManifest {
+    /// Bytes it takes in the store.
+    pub fn stored_len(&self) -> u64 {
+        self.object.len()
+    }
+
+    /// The object's parts, for callers that store them by themselves.
+    pub fn object(&self) -> &SealedObject {
+        &self.object
+    }
+
+    fn link(&self) -> ManifestLink {
+        ManifestLink { number: self.number, nonce: self.object.nonce, digest: self.object.digest }
+    }
+}
+
+impl ManifestBuilder {
+    /// The number it will have.
+    pub fn number(&self) -> u64 {
+        self.number
+    }
+}
+
+/// What becomes of an attempt to win a name.
+enum Attempt {
+    Won,
+    /// The number is taken for ever by something that does not count.
+    Burnt,
+}
+
+impl ChainWriter {
+    /// Begins `chain` with generation 1. Its first manifest holds `delta`, usually just geometries.
+    ///
+    /// # Errors
+    /// [`VaultError::Fenced`] if the chain exists already.
+    pub fn create(
+        store: &Arc<dyn Store>,
+        session: &Arc<WriterSession>,
+        keys: &Arc<OpenKeys>,
+        chain: ChainId,
+        genesis: (MachineId, Option<Position>),
+        delta: Delta,
+    ) -> Result<ChainWriter, VaultError> {
+        let kind = ManifestKind::Genesis { machine: genesis.0, parent: genesis.1 };
+        ChainWriter::open_with(store, session, keys, (chain, Generation(1)), None, 1, kind, delta)
+    }
+
+    /// Opens the next generation of the chain whose head is `history`. Whether a journaled tail may be committed
+    /// under it is decided by comparing that head with the one the journal continues; because this wins the name right
+    /// behind `history`, nothing can slip in between.
+    ///
+    /// # Errors
+    /// [`VaultError::Fenced`] if the chain went on since `history` was loaded: load it again and decide anew.
+    /// [`VaultError::WrongChainState`] if the chain's newest manifests are damaged.
+    pub fn open_generation(
+        store: &Arc<dyn Store>,
+        session: &Arc<WriterSession>,
+        keys: &Arc<OpenKeys>,
+        history: &ChainHistory,
+        reason: &str,
+        delta: Delta,
+    ) -> Result<ChainWriter, VaultError> {
+        let chain = history.chain;
+        if history.alarms.iter().any(|alarm| matches!(alarm, Alarm::LostParent { .. })) {
+            return Err(VaultError::WrongChainState {
+                chain,
+                reason: "manifests at its end are damaged or missing; bring them back from a copy of the vault \
+                         before anything is written to it",
+            });
+        }
+        let before = history.generation().generation;
+        if before >= Generation::MAX {
+            return Err(VaultError::WrongChainState { chain, reason: "it has used up its generations" });
+        }
+        let kind = ManifestKind::OpenGeneration { reason: cut_text(reason), base: history.through };
+        let delta = Delta {
+            through: delta.through.max(history.through),
+            proven_through: delta.proven_through.max(history.proven_through),
+            ..delta
+        };
+        let place = (chain, before.next());
+        ChainWriter::open_with(store, session, keys, place, Some(history.head), history.next_number, kind, delta)
+    }
+
+    #[allow(clippy::too_many_arguments)]
+    fn open_with(
+        store: &Arc<dyn Store>,
+        session: &Arc<WriterSession>,
+        keys: &Arc<OpenKeys>,
+        (chain, generation): (ChainId, Generation),
+        parent: Option<ManifestLink>,
+        next_number: u64,
+        kind: ManifestKind,
+        delta: Delta,
+    ) -> Result<ChainWriter, VaultError> {
+        let nothing = ManifestLink { number: 0, nonce: ObjectNonce([0; 16]), digest: [0; 32] };
+        let mut writer = ChainWriter {
+            store: Arc::clone(store),
+            session: Arc::clone(session),
+            keys: Arc::clone(keys),
+            chain,
+            generation,
+            opened: next_number,
+            head: parent.unwrap_or(nothing),
+            next_number,
+            through: SequenceNumber(0),
+            proven_through: PointTime(0),
+            state: GenerationState::default(),
+            fenced: None,
+        };
+        loop {
+            writer.opened = writer.next_number;
+            let builder = writer.begin();
+            let prepared = writer.seal(builder, parent, kind.clone(), delta.clone(), false)?;
+            if writer.attempt(&prepared, parent)? {
+                return Ok(writer);
+            }
+        }
+    }
+
+    /// The chain.
+    pub fn chain(&self) -> ChainId {
+        self.chain
+    }
+
+    /// The generation this writer holds.
+    pub fn generation(&self) -> Generation {
+        self.generation
+    }
+
+    /// The newest manifest.
+    pub fn head(&self) -> ManifestLink {
+        self.head
+    }
+
+    /// Everything committed.
+    pub fn through(&self) -> SequenceNumber {
+        self.through
+    }
+
+    /// The moment through which the source is proven to have written nothing else.
+    pub fn proven_through(&self) -> PointTime {
+        self.proven_through
+    }
+
+    /// What the generation's manifests add up to: live layers, gaps, cuts.
+    pub fn state(&self) -> &GenerationState {
+        &self.state
+    }
+
+    /// The session it writes with.
+    pub fn session(&self) -> &Arc<WriterSession> {
+        &self.session
+    }
+
+    /// Whether another writer took over. Final.
+    pub fn is_fenced(&self) -> bool {
+        self.fenced.is_some()
+    }
+
+    /// Begins the next manifest.
+    pub fn begin(&self) -> ManifestBuilder {
+        let names = crate::numbered::NumberedNames::of_chain(&self.keys.shared().name, self.chain);
+        let placement = Placement::on_chain(ObjectKind::Manifest, self.chain, self.generation);
+        let name = names.name(self.next_number);
+        ManifestBuilder {
+            object: ObjectBuilder::shared(Arc::clone(&self.session), placement, name),
+            number: self.next_number,
+        }
+    }
+
+    /// Finishes a manifest that adds `delta`. Adds a checkpoint if one is due or `with_checkpoint` asks for it; do
+    /// ask for one before the writer goes away in an orderly manner.
+    ///
+    /// # Errors
+    /// [`VaultError::LimitExceeded`] if `delta` holds more than a manifest can: commit it in pieces.
+    pub fn prepare(
+        &self,
+        builder: ManifestBuilder,
+        delta: Delta,
+        with_checkpoint: CheckpointWish,
+    ) -> Result<PreparedManifest, VaultError> {
+        assert_eq!(builder.number, self.next_number, "a manifest is prepared and put before the next is begun");
+        assert!(delta.through >= self.through, "committed only grows");
+        let due = self.state.since_checkpoint.len() + 1 >= limits::CHECKPOINT_EVERY;
+        let checkpoint = due || with_checkpoint == CheckpointWish::Now;
+        self.seal(builder, Some(self.head), ManifestKind::Append, delta, checkpoint)
+    }
+
+    /// Creates the prepared manifest. Committed on return.
+    ///
+    /// # Errors
+    /// * retryable [`VaultError::Store`]: call again with the same `prepared`; whether it was created is unknown;
+    /// * [`VaultError::NumberBurnt`]: an object that does not count holds the name; begin, fill and prepare again;
+    /// * [`VaultError::Fenced`]: another writer took over. Final for this writer.
+    pub fn put(&mut self, prepared: &PreparedManifest) -> Result<(), VaultError> {
+        let parent = Some(self.head);
+        if self.attempt(prepared, parent)? { Ok(()) } else { Err(VaultError::NumberBurnt { number: prepared.number }) }
+    }
+
+    /// Prepares and puts in one go, for writers without a journal. `fill` puts frames into the object and names the
+    /// layers; it is called again, with a new object, if a number turns out to be burnt.
+    ///
+    /// # Errors
+    /// As [`ChainWriter::put`], without [`VaultError::NumberBurnt`], and those of `fill`.
+    pub fn commit(
+        &mut self,
+        with_checkpoint: CheckpointWish,
+        mut fill: impl FnMut(&mut ObjectBuilder<'static>) -> Result<Delta, VaultError>,
+    ) -> Result<ManifestLink, VaultError> {
+        loop {
+            let mut builder = self.begin();
+            let delta = fill(&mut builder.object)?;
+            let prepared = self.prepare(builder, delta, with_checkpoint)?;
+            match self.put(&prepared) {
+                Err(VaultError::NumberBurnt { .. }) => {}
+                Err(error) => return Err(error),
+                Ok(()) => return Ok(self.head),
+            }
+        }
+    }
+
+    fn seal(
+        &self,
+        mut builder: ManifestBuilder,
+        parent: Option<ManifestLink>,
+        kind: ManifestKind,
+        delta: Delta,
+        checkpoint: bool,
+    ) -> Result<PreparedManifest, VaultError> {
+        let manifest = Manifest {
+            number: builder.number,
+            parent,
+            opened: self.opened,
+            last_checkpoint: self.state.last_checkpoint(),
+            checkpoint: checkpoint.then(|| Box::new(self.state.checkpoint_with(&delta))),
+            kind,
+            delta,
+        };
+        let bytes = bytes::Bytes::from(encode_manifest(&manifest));
+        // What cannot be read back must never be won: everything behind it would be lost.
+        match decode_manifest(&bytes) {
+            Ok(decoded) => assert!(decoded == manifest, "a manifest reads back as it was written"),
+            Err(replication::codec::DecodeError::TooLarge { field, value, limit }) => {
+                return Err(VaultError::LimitExceeded { what: field, value, limit });
+            }
+            Err(error) => unreachable!("a manifest reads back unless a limit is exceeded: {error}"),
+        }
+        let root = builder.object.add(FrameClass::Index, &bytes, Compression::Fast)?;
+        let object = builder.object.finish(Some(root));
+        Ok(PreparedManifest { number: builder.number, nonce: object.nonce, object, manifest })
+    }
+
+    /// Tries to win `prepared`'s name. `false` if the number is burnt; the writer has moved on to the next then.
+    fn attempt(&mut self, prepared: &PreparedManifest, parent: Option<ManifestLink>) -> Result<bool, VaultError> {
+        if let Some(number) = self.fenced {
+            return Err(VaultError::Fenced { number });
+        }
+        assert_eq!(prepared.number, self.next_number, "manifests are put in the order they were prepared");
+        let outcome = match prepared.object.put(self.store.as_ref()) {
+            Ok(()) => Attempt::Won,
+            Err(StoreError::AlreadyExists(_)) => self.look_at(prepared.number, parent)?,
+            Err(error) => return Err(error.into()),
+        };
+        match outcome {
+            Attempt::Won => {
+                self.head = prepared.link();
+                self.next_number += 1;
+                self.through = prepared.manifest.delta.through;
+                self.proven_through = prepared.manifest.delta.proven_through;
+                // Layers in the manifest itself are known by its name from now on.
+                let mut manifest = prepared.manifest.clone();
+                manifest.resolve_layers(&prepared.object.name);
+                self.state.apply(self.head, &manifest);
+                Ok(true)
+            }
+            Attempt::Burnt => {
+                self.next_number += 1;
+                Ok(false)
+            }
+        }
+    }
+
+    /// What took the name?
+    fn look_at(&mut self, number: u64, parent: Option<ManifestLink>) -> Result<Attempt, VaultError> {
+        let reader = ChainReader::new(&self.store, &self.keys, self.chain);
+        let fences = |manifest: &SignedManifest| {
+            // Whoever names our head as its parent counts instead of us; whoever has a later generation has won an
+            // earlier number, even if we cannot read that one any more.
+            manifest.manifest.parent == parent || manifest.generation > self.generation
+        };
+        match reader.judge(number)? {
+            Judged::Signed(manifest) if fences(&manifest) => {
+                self.fenced = Some(number);
+                Err(VaultError::Fenced { number })
+            }
+            Judged::Signed(_) | Judged::Invalid(_) => Ok(Attempt::Burnt),
+        }
+    }
+}
+
+/// Whether a manifest shall carry a checkpoint although none is due.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CheckpointWish {
+    /// Only when one is due.
+    WhenDue,
+    /// In any case.
+    Now,
+}
+
+fn cut_text(text: &str) -> String {
+    let mut end = text.len().min(limits::REASON_BYTES_MAX);
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    text[..end].to_owned()
+}
