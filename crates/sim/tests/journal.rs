@@ -9,8 +9,8 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use process_server::journal::{
-    ChainState, HostKey, Journal, JournalConfig, JournalError, Manifest, ManifestNonce, ManifestNumber, NoteKind,
-    Record, Recovered, Replayed, Session,
+    HostKey, Journal, JournalConfig, JournalError, Manifest, ManifestNonce, ManifestNumber, NoteKind, Record,
+    Recovered, Replayed, Session,
 };
 use replication::{
     ByteRange, ChainId, Change, ChangeKind, DiskId, Generation, MachineId, MarkerKind, SequenceNumber, SourceTime,
@@ -80,7 +80,7 @@ fn oracle(records: &[Record], of: ChainId) -> Expected {
 
 /// What the journal says.
 fn found(journal: &Journal, of: ChainId) -> Result<Expected, JournalError> {
-    let state = journal.chains().remove(&of).unwrap_or_else(ChainState::default);
+    let state = journal.chains().remove(&of).unwrap_or_default();
     let mut uncommitted = Vec::new();
     journal.changes_of(of).visit(|replayed| {
         if let Replayed::Record(Record::Changes { changes, .. }) = replayed {
