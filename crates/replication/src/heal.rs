@@ -11,7 +11,7 @@ use bytes::Bytes;
 use crate::change::HealId;
 use crate::geometry::{ByteRange, LEAF_BYTES};
 use crate::limits;
-use crate::position::DiskId;
+use crate::position::{DiskId, SequenceNumber};
 use crate::sender::HealProgress;
 use crate::wire::{HealContent, Message, OfferedLeaf, is_wanted};
 
@@ -21,6 +21,7 @@ pub(crate) enum HealStep {
     Read {
         disk: DiskId,
         range: ByteRange,
+        hash: bool,
     },
     Fetch {
         disk: DiskId,
@@ -43,6 +44,8 @@ struct Chunk {
 #[derive(Debug)]
 pub(crate) struct HealRun {
     heal: HealId,
+    p0: SequenceNumber,
+    begun: bool,
     base_empty: bool,
     chunk_bytes: u64,
     planned: VecDeque<(DiskId, ByteRange)>,
@@ -63,12 +66,20 @@ pub(crate) struct HealRun {
 const CHUNKS_IN_FLIGHT_MAX: usize = 16;
 
 impl HealRun {
-    pub(crate) fn new(heal: HealId, set: Vec<(DiskId, Vec<ByteRange>)>, base_empty: bool, chunk_bytes: u64) -> HealRun {
+    pub(crate) fn new(
+        heal: HealId,
+        p0: SequenceNumber,
+        set: Vec<(DiskId, Vec<ByteRange>)>,
+        base_empty: bool,
+        chunk_bytes: u64,
+    ) -> HealRun {
         let planned: VecDeque<_> =
             set.into_iter().flat_map(|(disk, ranges)| ranges.into_iter().map(move |range| (disk, range))).collect();
         let planned_bytes = planned.iter().map(|(_, range)| range.len).sum();
         HealRun {
             heal,
+            p0,
+            begun: false,
             base_empty,
             chunk_bytes,
             planned,
@@ -86,6 +97,12 @@ impl HealRun {
 
     pub(crate) fn heal(&self) -> HealId {
         self.heal
+    }
+
+    /// What to announce before anything else, once.
+    pub(crate) fn begin(&mut self) -> Option<(HealId, SequenceNumber, u64)> {
+        let first = !std::mem::replace(&mut self.begun, true);
+        first.then_some((self.heal, self.p0, self.progress.planned_bytes))
     }
 
     pub(crate) fn progress(&self) -> HealProgress {
@@ -115,7 +132,7 @@ impl HealRun {
                 && let Some((disk, range)) = self.next_chunk()
             {
                 self.reading += 1;
-                steps.push(HealStep::Read { disk, range });
+                steps.push(HealStep::Read { disk, range, hash: !self.base_empty });
             }
         }
         let waiting = self.reading + self.fetching + self.fetches.len() + self.offered.len() + self.ready.len();

@@ -375,7 +375,7 @@ impl Sender {
             Event::Tick { now, drained } => self.tick(now, drained, &mut out),
             Event::Rotated(epoch) => self.rotated(epoch, &mut out),
             Event::Settled { epoch, producer } => self.settled(epoch, producer, &mut out),
-            Event::HealSet(set) => self.heal_set(set, &mut out),
+            Event::HealSet(set) => self.heal_set(set),
             Event::HealRead { disk, range, leaves, data } => {
                 if let Heal::Running(run) = &mut self.heal {
                     run.read(disk, range, leaves, data);
@@ -414,11 +414,14 @@ impl Sender {
         }
         if let Heal::Running(run) = &mut self.heal {
             let mut finished = false;
+            // Only now: the heal's start must have gone out with the changes before it.
+            if let Some((heal, p0, planned_bytes)) = run.begin() {
+                let (whole, hashes) = (self.whole_needed, self.config.hashes.clone());
+                out.push(Action::Send(Message::HealBegin { heal, p0, whole, hashes, planned_bytes }));
+            }
             for step in run.pump() {
                 match step {
-                    HealStep::Read { disk, range } => {
-                        out.push(Action::ReadForHeal { disk, range, hash: !self.base_empty });
-                    }
+                    HealStep::Read { disk, range, hash } => out.push(Action::ReadForHeal { disk, range, hash }),
                     HealStep::Fetch { disk, range } => out.push(Action::FetchForHeal { disk, range }),
                     HealStep::Send(message) => out.push(Action::Send(message)),
                     HealStep::Finished => finished = true,
@@ -810,21 +813,16 @@ impl Sender {
         }
     }
 
-    fn heal_set(&mut self, set: Vec<(DiskId, Vec<ByteRange>)>, out: &mut Vec<Action>) {
+    fn heal_set(&mut self, set: Vec<(DiskId, Vec<ByteRange>)>) {
         let Heal::Collecting { heal, p0 } = self.heal else { return };
         if !matches!(self.link, Link::Up { .. }) {
             return;
         }
-        let run = HealRun::new(heal, set, self.base_empty, self.config.heal_chunk_bytes);
+        let run = HealRun::new(heal, p0, set, self.base_empty, self.config.heal_chunk_bytes);
         self.progress = run.progress();
-        out.push(Action::Send(Message::HealBegin {
-            heal,
-            p0,
-            whole: self.whole_needed,
-            hashes: self.config.hashes.clone(),
-            planned_bytes: run.progress().planned_bytes,
-        }));
         self.heal = Heal::Running(Box::new(run));
+        // From now on the receiver holds something, even if this heal does not end.
+        self.base_empty = false;
     }
 
     fn heal_committed(&mut self, heal: HealId, out: &mut Vec<Action>) {

@@ -1,1 +1,13 @@
-//! placeholder
+//! A deterministic world for the real code: one thread, one seed, virtual time.
+//!
+//! The world owns time, randomness, disks, files, stores and links, and injects what goes wrong in them. Agent, process
+//! server, vault, branches and master target in it are the product's own. The model ([`model`]) is independent: it knows
+//! what was written to each disk and when, and judges every point that the vault announces.
+
+pub mod clock;
+pub mod disk;
+pub mod files;
+pub mod link;
+pub mod model;
+pub mod rng;
+pub mod source;

@@ -1,0 +1,148 @@
+//! The independent judge: every state that the machine's disks ever had, in submission order.
+//!
+//! A state is known by a digest that each write changes in constant time, so that remembering every state costs eight
+//! bytes, and a recovered disk is judged by digesting it once. The model sees only what its user did to the disks.
+
+use std::collections::HashMap;
+
+use replication::DiskId;
+
+/// Unit of the digest, in bytes.
+const CELL: usize = 512;
+
+/// Digest of all disks of a machine in one state.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub struct StateDigest(u64);
+
+/// Digest of disks given as bytes.
+pub fn digest<'a>(disks: impl IntoIterator<Item = (DiskId, &'a [u8])>) -> StateDigest {
+    let mut sum = 0;
+    for (disk, bytes) in disks {
+        for (index, cell) in bytes.chunks(CELL).enumerate() {
+            sum ^= cell_digest(disk, index, cell);
+        }
+    }
+    StateDigest(sum)
+}
+
+fn cell_digest(disk: DiskId, index: usize, cell: &[u8]) -> u64 {
+    if cell.iter().all(|byte| *byte == 0) {
+        return 0;
+    }
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(&disk.0.to_le_bytes()).update(&(index as u64).to_le_bytes()).update(cell);
+    u64::from_le_bytes(*hasher.finalize().as_bytes().first_chunk().expect("a hash has 32 bytes"))
+}
+
+/// One state in the machine's life.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct KnownState {
+    /// How many requests had been submitted, over all boots.
+    pub requests: u64,
+    /// True time, in nanoseconds, of the newest of them.
+    pub time_ns: u64,
+    /// How often the machine had lost its past (power cut, revert) before.
+    pub incarnation: u32,
+}
+
+/// See the module's documentation.
+#[derive(Debug)]
+pub struct Model {
+    disks: Vec<(DiskId, Vec<u8>)>,
+    now: StateDigest,
+    requests: u64,
+    incarnation: u32,
+    states: HashMap<StateDigest, Vec<KnownState>>,
+    /// Time of each request, by number; request n is at n − 1.
+    times: Vec<u64>,
+}
+
+impl Model {
+    /// A machine whose disks hold these bytes.
+    pub fn new(disks: Vec<(DiskId, Vec<u8>)>) -> Model {
+        let mut model = Model {
+            now: digest(disks.iter().map(|(disk, bytes)| (*disk, &bytes[..]))),
+            disks,
+            requests: 0,
+            incarnation: 0,
+            states: HashMap::new(),
+            times: Vec::new(),
+        };
+        model.remember(0);
+        model
+    }
+
+    /// The machine submitted a request that overwrites `disk` from `offset` on.
+    pub fn wrote(&mut self, disk: DiskId, offset: u64, data: &[u8], time_ns: u64) {
+        let bytes = &mut self.disks.iter_mut().find(|(id, _)| *id == disk).expect("a known disk").1;
+        let (start, end) = (offset as usize, offset as usize + data.len());
+        for index in start / CELL..end.div_ceil(CELL) {
+            let cell = index * CELL..((index + 1) * CELL).min(bytes.len());
+            self.now.0 ^= cell_digest(disk, index, &bytes[cell.clone()]);
+            let overlap = start.max(cell.start)..end.min(cell.end);
+            bytes[overlap.clone()].copy_from_slice(&data[overlap.start - start..overlap.end - start]);
+            self.now.0 ^= cell_digest(disk, index, &bytes[cell]);
+        }
+        self.requests += 1;
+        self.times.push(time_ns);
+        self.remember(time_ns);
+    }
+
+    /// The machine lost part of its past: its disks now hold these bytes.
+    pub fn reset(&mut self, disks: Vec<(DiskId, Vec<u8>)>, time_ns: u64) {
+        self.now = digest(disks.iter().map(|(disk, bytes)| (*disk, &bytes[..])));
+        self.disks = disks;
+        self.incarnation += 1;
+        self.remember(time_ns);
+    }
+
+    /// All moments at which the disks had this digest.
+    pub fn when(&self, digest: StateDigest) -> &[KnownState] {
+        self.states.get(&digest).map_or(&[], Vec::as_slice)
+    }
+
+    /// The digest of the disks now.
+    pub fn digest(&self) -> StateDigest {
+        self.now
+    }
+
+    /// Requests submitted so far.
+    pub fn requests(&self) -> u64 {
+        self.requests
+    }
+
+    /// How many requests were submitted before true time `time_ns`.
+    pub fn requests_before(&self, time_ns: u64) -> u64 {
+        self.times.partition_point(|time| *time < time_ns) as u64
+    }
+
+    fn remember(&mut self, time_ns: u64) {
+        let state = KnownState { requests: self.requests, time_ns, incarnation: self.incarnation };
+        self.states.entry(self.now).or_default().push(state);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::rng::Rng;
+
+    #[test]
+    fn the_running_digest_is_the_digest_of_the_bytes() {
+        let mut rng = Rng::new(7);
+        let mut bytes = vec![0; 8192];
+        let mut model = Model::new(vec![(DiskId(3), bytes.clone())]);
+        for time in 1..200 {
+            let offset = rng.below(8000);
+            let mut data = vec![0; 1 + rng.below(8192 - offset) as usize];
+            if !rng.one_in(4) {
+                rng.fill(&mut data);
+            }
+            bytes[offset as usize..][..data.len()].copy_from_slice(&data);
+            model.wrote(DiskId(3), offset, &data, time);
+            let digest = digest([(DiskId(3), &bytes[..])]);
+            assert_eq!(model.digest(), digest);
+            assert_eq!(model.when(digest).last().expect("known").requests, time);
+        }
+    }
+}

@@ -1,0 +1,287 @@
+//! A protected machine: disks, a workload that writes to them through the splitter, the real agent engine, and the model
+//! that watches. It can be killed, power-cut, reverted and cloned.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use agent::capture::mapfile::MemoryMapStore;
+use agent::capture::splitter::{ProtectedDisk, Splitter, SplitterConfig};
+use agent::capture::{MapStore, SplitterCapture};
+use agent::engine::{ClearedMark, Engine, Step};
+use replication::sender::SenderConfig;
+use replication::wire::OfferHashes;
+use replication::{ChainId, DiskGeometry, DiskId, DiskIdentity, InstanceId, MachineId, MarkerKind, SequenceNumber};
+use world::BlockDevice;
+
+use crate::clock::{SimClock, TrueTime};
+use crate::disk::SimDisk;
+use crate::link::LinkEnd;
+use crate::model::Model;
+use crate::rng::Rng;
+
+/// Sizes and paces of a machine.
+#[derive(Debug, Clone)]
+pub struct SourceShape {
+    /// Size of each disk in bytes.
+    pub disk_bytes: Vec<u64>,
+    /// The agent's ring in bytes.
+    pub ring_bytes: u64,
+    /// Largest write of the workload in bytes.
+    pub write_bytes_max: u64,
+}
+
+#[derive(Debug, Clone, Default)]
+struct SharedMark(Arc<std::sync::Mutex<Option<(ChainId, SequenceNumber)>>>);
+
+impl ClearedMark for SharedMark {
+    fn load(&self) -> Option<(ChainId, SequenceNumber)> {
+        *self.0.lock().expect("single-threaded")
+    }
+
+    fn store(&mut self, chain: ChainId, committed: SequenceNumber) -> std::io::Result<()> {
+        *self.0.lock().expect("single-threaded") = Some((chain, committed));
+        Ok(())
+    }
+}
+
+struct Running {
+    splitter: Splitter,
+    engine: Engine<SplitterCapture>,
+}
+
+/// See the module's documentation.
+pub struct Source {
+    /// The machine's identity.
+    pub machine: MachineId,
+    /// What the machine's user did to its disks.
+    pub model: Model,
+    /// The machine's clock.
+    pub clock: SimClock,
+    shape: SourceShape,
+    disks: Vec<(DiskGeometry, SimDisk)>,
+    maps: MemoryMapStore,
+    mark: SharedMark,
+    boot: [u8; 16],
+    running: Option<Running>,
+    link: Option<LinkEnd>,
+    time: TrueTime,
+    rng: Rng,
+}
+
+impl Source {
+    /// A machine with empty disks that boots now, its agent not yet running.
+    pub fn new(shape: SourceShape, time: &TrueTime, mut rng: Rng) -> Source {
+        let mut machine = [0; 16];
+        rng.fill(&mut machine);
+        let disks: Vec<_> = shape
+            .disk_bytes
+            .iter()
+            .enumerate()
+            .map(|(index, &size)| {
+                let geometry = DiskGeometry {
+                    disk: DiskId(index as u16),
+                    identity: DiskIdentity { serial: format!("sim-{index}"), fingerprint: [0; 16] },
+                    path: format!("/dev/sim{index}"),
+                    size_bytes: size,
+                    logical_sector_bytes: 512,
+                    physical_sector_bytes: 4096,
+                };
+                (geometry, SimDisk::new(size))
+            })
+            .collect();
+        let model = Model::new(disks.iter().map(|(geometry, disk)| (geometry.disk, disk.contents())).collect());
+        let mut boot = [0; 16];
+        rng.fill(&mut boot);
+        Source {
+            machine: MachineId(machine),
+            model,
+            clock: SimClock::booting_now(time),
+            shape,
+            disks,
+            maps: MemoryMapStore::new(),
+            mark: SharedMark::default(),
+            boot,
+            running: None,
+            link: None,
+            time: time.clone(),
+            rng,
+        }
+    }
+
+    /// Starts the agent, and with it the service of the disks.
+    pub fn start_agent(&mut self) {
+        assert!(self.running.is_none(), "one agent at a time");
+        let disks = self
+            .disks
+            .iter()
+            .map(|(geometry, disk)| ProtectedDisk { geometry: geometry.clone(), device: Arc::new(disk.clone()) })
+            .collect();
+        let config = SplitterConfig { machine: self.machine, boot: self.boot, ring_bytes_max: self.shape.ring_bytes };
+        let (splitter, capture) = Splitter::open(disks, &self.maps, Arc::new(self.clock.clone()), config)
+            .expect("the simulated disks fit the splitter");
+        let mut instance = [0; 16];
+        self.rng.fill(&mut instance);
+        let config = SenderConfig {
+            machine: self.machine,
+            instance: InstanceId(instance),
+            boot: self.boot,
+            vm_generation: [0; 16],
+            name: "simulated".into(),
+            hashes: OfferHashes::Plain,
+            rotate_every_ns: 3_000_000_000,
+            proof_every_ns: 500_000_000,
+            heal_chunk_bytes: 64 * 1024,
+        };
+        let engine = Engine::new(capture, config, Arc::new(self.clock.clone()), None, Box::new(self.mark.clone()));
+        self.running = Some(Running { splitter, engine });
+    }
+
+    /// Kills the agent. The ring is lost, the maps are not; the disks cannot be written until it starts again.
+    pub fn kill_agent(&mut self) {
+        self.unplug();
+        self.running = None;
+    }
+
+    /// Whether the agent runs.
+    pub fn is_running(&self) -> bool {
+        self.running.is_some()
+    }
+
+    /// Cuts the machine's power: agent and maps are gone, un-flushed writes may be. Returns how many sectors were lost.
+    pub fn power_cut(&mut self) -> usize {
+        self.kill_agent();
+        let lost = self.disks.iter().map(|(_, disk)| disk.power_cut(&mut self.rng)).sum();
+        self.new_boot();
+        lost
+    }
+
+    /// Reverts the machine to `images` taken by [`Source::snapshot`], as a hypervisor does.
+    pub fn revert(&mut self, images: &[Vec<u8>]) {
+        self.kill_agent();
+        for ((_, disk), image) in self.disks.iter().zip(images) {
+            disk.revert(image);
+        }
+        self.new_boot();
+    }
+
+    /// The disks' contents now.
+    pub fn snapshot(&self) -> Vec<Vec<u8>> {
+        self.disks.iter().map(|(_, disk)| disk.contents()).collect()
+    }
+
+    fn new_boot(&mut self) {
+        // The map file lies on a disk that was not synced: after a crash it may be old. Its boot id tells.
+        self.clock.reboot();
+        self.rng.fill(&mut self.boot);
+        let disks = self.disks.iter().map(|(geometry, disk)| (geometry.disk, disk.contents())).collect();
+        self.model.reset(disks, self.time.now());
+    }
+
+    /// Gives the agent a link; a link it already has is severed.
+    pub fn plug(&mut self, link: LinkEnd) {
+        self.unplug();
+        if let Some(running) = &mut self.running {
+            self.link = Some(link);
+            running.engine.link_up();
+        }
+    }
+
+    /// Takes the link away.
+    pub fn unplug(&mut self) {
+        if let Some(link) = self.link.take() {
+            link.sever();
+            if let Some(running) = &mut self.running {
+                running.engine.link_down();
+            }
+        }
+    }
+
+    /// Whether the agent has a link.
+    pub fn is_plugged(&self) -> bool {
+        self.link.is_some()
+    }
+
+    /// The agent's link, for stalling it.
+    pub fn link(&self) -> Option<&LinkEnd> {
+        self.link.as_ref()
+    }
+
+    /// Lets the agent work for a while. A link that must be renewed is dropped.
+    pub fn step(&mut self) {
+        let Some(running) = &mut self.running else { return };
+        for _ in 0..16 {
+            let wire = self.link.as_mut().map(|link| link as &mut dyn agent::engine::Wire);
+            match running.engine.step(wire) {
+                Step::Busy => {}
+                Step::Idle => break,
+                Step::Reconnect(reason) | Step::Refused(reason) => {
+                    tracing::debug!(reason, "the agent drops its link");
+                    self.unplug();
+                    break;
+                }
+            }
+        }
+    }
+
+    /// Whether everything written is journaled, nothing is healing, and nothing is in the ring.
+    pub fn is_settled(&self) -> bool {
+        self.running.as_ref().is_some_and(|running| running.engine.is_settled())
+    }
+
+    /// The engine, for assertions.
+    pub fn engine(&self) -> Option<&Engine<SplitterCapture>> {
+        self.running.as_ref().map(|running| &running.engine)
+    }
+
+    /// One request of the workload. The model learns of it even if the disk fails: the replica may then hold either.
+    pub fn write_something(&mut self) {
+        let Some(running) = &self.running else { return };
+        let index = self.rng.below(self.disks.len() as u64) as usize;
+        let (geometry, _) = &self.disks[index];
+        let disk = running.splitter.disk(geometry.disk).expect("a protected disk");
+        let sectors = geometry.size_bytes / 512;
+        // Hot spots make overwrites within and across cuts common.
+        let start = if self.rng.one_in(2) { self.rng.below(sectors.min(64)) } else { self.rng.below(sectors) };
+        let longest = (self.shape.write_bytes_max / 512).min(sectors - start);
+        let len = (1 + self.rng.below(longest)) * 512;
+        let (start, now) = (start * 512, self.time.now());
+        let mut data = vec![0; len as usize];
+        match self.rng.below(10) {
+            0 => drop(disk.write_zeroes(start..start + len)),
+            1 => drop(disk.discard(start..start + len)),
+            _ => {
+                self.rng.fill(&mut data);
+                drop(disk.write_at(start, &data));
+            }
+        }
+        self.model.wrote(geometry.disk, start, &data, now);
+        if self.rng.one_in(20) {
+            drop(disk.flush());
+        }
+    }
+
+    /// Puts a marker into the stream. Returns whether there was room.
+    pub fn mark(&mut self, name: &str) -> bool {
+        use agent::capture::Capture;
+        self.running.as_mut().is_some_and(|running| running.engine.capture().mark(MarkerKind::Crash, name))
+    }
+
+    /// The next `count` writes to disk 0 fail. The model is reset afterwards by the caller with [`Source::relearn`].
+    pub fn fail_writes(&mut self, count: u32) {
+        self.disks[0].1.fail_writes(count);
+    }
+
+    /// Tells the model what the disks really hold, after faults that the workload cannot know the effect of.
+    pub fn relearn(&mut self) {
+        let disks = self.disks.iter().map(|(geometry, disk)| (geometry.disk, disk.contents())).collect();
+        self.model.reset(disks, self.time.now());
+    }
+
+    /// Ends the agent in order, as a clean shutdown does.
+    pub fn close(&mut self) {
+        if let Some(running) = &self.running {
+            let _ = running.splitter.close(Duration::from_secs(1));
+        }
+        self.kill_agent();
+    }
+}
