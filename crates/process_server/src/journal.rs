@@ -17,7 +17,7 @@
 //! * **A crash** leaves at most a torn tail in the newest file, and possibly files whose removal or creation was
 //!   not durable. [`Journal::open`] cuts the former and removes the latter.
 //!
-//! [`catalog`] decides, [`writer`] and [`replay`] act through [`world::Files`], so a simulation runs the same code;
+//! `catalog` decides, `writer` and `replay` act through [`world::Files`], so a simulation runs the same code;
 //! [`thread`] adds a queue and group commit for the real process. The bytes are described in `docs/formats/journal.md`.
 
 mod catalog;
