@@ -159,3 +159,54 @@ pub(crate) const TURNED_AWAY_NO_CERTIFICATE: u8 = 2;
 pub(crate) async fn dial(address: &str) -> Result<TcpStream, LinkError> {
     TcpStream::connect(address).await.map_err(|source| LinkError::from_connect(address, source))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use world::{RealFiles, SystemClock, SystemEntropy};
+
+    use super::*;
+    use crate::frame::FrameLink;
+    use crate::limits::RESERVED_KIND_FIRST;
+    use crate::{Authority, Listener, Reception};
+
+    /// What the server makes of `plain`, sent by an authenticated peer after the welcome.
+    fn answer_to(plain: &[u8]) -> LinkError {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let clock: Arc<dyn Clock> = Arc::new(SystemClock);
+        let files = Arc::new(RealFiles::new(folder.path()));
+        let authority = Authority::open(files, clock.clone(), Arc::new(SystemEntropy), "authority").expect("opens");
+        let server = authority.own_identity(Role::ProcessServer).expect("an identity");
+        let client = authority.own_identity(Role::MasterTarget).expect("an identity");
+        let runtime = LinkRuntime::new(1).expect("threads");
+        let reception = Reception::new(server, authority.trust(), None, clock.clone());
+        let listener = Listener::bind(&runtime, "127.0.0.1:0", reception).expect("listens");
+        let connector = Connector::new(runtime.clone(), client, authority.trust(), clock);
+        let expected = Expected { role: Role::ProcessServer, id: None };
+        let (socket, _) = runtime.block_on(async {
+            let stream = dial(&listener.address().to_string()).await.expect("connects");
+            connector.greet(stream, &expected).await.expect("welcome")
+        });
+        runtime.block_on(socket.send_raw(plain)).expect("sends");
+        let (_, connection) = listener.accept(Duration::from_secs(10)).expect("listening").expect("accepted");
+        let end = connection.recv(Duration::from_secs(10)).expect_err("the link ends");
+        assert!(matches!(runtime.block_on(socket.receive()), Err(LinkError::PeerClosed)), "the peer is told");
+        end
+    }
+
+    #[test]
+    fn an_oversized_frame_ends_the_link_before_its_body_is_held() {
+        let error = answer_to(&[0xff, 0xff, 0xff, 0xff, 1]);
+        assert!(matches!(error, LinkError::FrameTooLarge { len: 0xffff_ffff, .. }), "{error:?}");
+        let one_too_many = (crate::limits::FRAME_BYTES_MAX as u32 + 1).to_le_bytes();
+        let error = answer_to(&[&one_too_many[..], &[1]].concat());
+        assert!(matches!(error, LinkError::FrameTooLarge { len: 8_388_609, .. }), "{error:?}");
+    }
+
+    #[test]
+    fn a_frame_of_the_links_own_kinds_ends_the_link() {
+        let error = answer_to(&[0, 0, 0, 0, RESERVED_KIND_FIRST + 9]);
+        assert!(matches!(error, LinkError::ProtocolViolation(_)), "{error:?}");
+    }
+}

@@ -22,9 +22,9 @@ pub const READ_BYTES: usize = 256 * 1024;
 /// Plaintext bytes encrypted before the socket is offered the result.
 pub const WRITE_BYTES: usize = 256 * 1024;
 /// Parts of a frame smaller than this are copied together into one TLS record instead of getting one each.
-pub const COALESCE_BYTES: usize = 4 * 1024;
-/// Bytes of one full TLS record's plaintext.
-pub const RECORD_BYTES: usize = 16 * 1024;
+pub const COALESCE_BYTES: usize = 16 * 1024;
+/// Copied parts are encrypted once this many bytes of them came together: several full TLS records.
+pub const STAGE_BYTES: usize = 64 * 1024;
 
 /// Time for a connection to be established, name resolution included.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);

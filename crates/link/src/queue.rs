@@ -44,12 +44,15 @@ struct State<T> {
     items: VecDeque<(T, usize)>,
     weight: usize,
     closed: bool,
+    /// Threads that are blocked. Waking nobody is a system call as well, which small frames would notice.
+    popping: usize,
+    pushing: usize,
 }
 
 impl<T> Queue<T> {
     pub(crate) fn new(capacity: Capacity) -> Queue<T> {
         Queue {
-            state: Mutex::new(State { items: VecDeque::new(), weight: 0, closed: false }),
+            state: Mutex::new(State { items: VecDeque::new(), weight: 0, closed: false, popping: 0, pushing: 0 }),
             capacity,
             thread_may_pop: Condvar::new(),
             thread_may_push: Condvar::new(),
@@ -73,7 +76,9 @@ impl<T> Queue<T> {
                 Err(PushError::Closed) => return Err(()),
                 Err(PushError::Full(back)) => item = back,
             }
+            state.pushing += 1;
             state = self.thread_may_push.wait(state).unwrap_or_else(PoisonError::into_inner);
+            state.pushing -= 1;
         }
     }
 
@@ -97,10 +102,12 @@ impl<T> Queue<T> {
 
     /// Takes; blocks the thread for up to `timeout`.
     pub(crate) fn pop_blocking(&self, timeout: Duration) -> Popped<T> {
-        let state = self.lock();
+        let mut state = self.lock();
+        state.popping += 1;
         let wait = |state: &mut State<T>| state.items.is_empty() && !state.closed;
-        let (mut state, _) =
+        (state, _) =
             self.thread_may_pop.wait_timeout_while(state, timeout, wait).unwrap_or_else(PoisonError::into_inner);
+        state.popping -= 1;
         self.pop_locked(&mut state)
     }
 
@@ -154,7 +161,9 @@ impl<T> Queue<T> {
         }
         state.weight += weight;
         state.items.push_back((item, weight));
-        self.thread_may_pop.notify_one();
+        if state.popping > 0 {
+            self.thread_may_pop.notify_one();
+        }
         self.task_may_pop.notify_one();
         Ok(())
     }
@@ -164,7 +173,9 @@ impl<T> Queue<T> {
             Some((item, weight)) => {
                 state.weight -= weight;
                 // All: the first of several blocked threads may hold an item that still does not fit.
-                self.thread_may_push.notify_all();
+                if state.pushing > 0 {
+                    self.thread_may_push.notify_all();
+                }
                 self.task_may_push.notify_one();
                 Popped::Item(item)
             }

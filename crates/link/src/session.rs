@@ -20,7 +20,7 @@ use tokio::net::TcpStream;
 
 use crate::error::LinkError;
 use crate::frame::{Assembler, Frame, HEADER_BYTES};
-use crate::limits::{COALESCE_BYTES, FAREWELL_TIMEOUT, HANDSHAKE_BYTES_MAX, READ_BYTES, RECORD_BYTES, WRITE_BYTES};
+use crate::limits::{COALESCE_BYTES, FAREWELL_TIMEOUT, HANDSHAKE_BYTES_MAX, READ_BYTES, STAGE_BYTES, WRITE_BYTES};
 
 /// Room in the outbox besides one stride: record headers and tags (22 bytes in 16 KiB), handshake messages, alerts.
 const OUTBOX_SLACK: usize = 16 * 1024;
@@ -251,7 +251,7 @@ impl Core {
                 budget -= taken.len();
                 if taken.len() < COALESCE_BYTES {
                     self.stage.extend_from_slice(&taken);
-                    if self.stage.len() >= RECORD_BYTES {
+                    if self.stage.len() >= STAGE_BYTES {
                         self.encrypt_stage()?;
                     }
                 } else {
@@ -357,6 +357,13 @@ impl TlsSocket {
                 return Ok(());
             }
         }
+    }
+
+    /// Sends bytes that need not be a frame, as only a broken peer does.
+    #[cfg(test)]
+    pub(crate) async fn send_raw(&self, plain: &[u8]) -> Result<(), LinkError> {
+        self.core().encrypt(plain)?;
+        self.flush().await
     }
 
     /// The next frame. For the exchanges before a connection is handed over.
