@@ -97,7 +97,11 @@ enum PreparedChunk {
     /// All leaves are zero.
     None,
     Known(ObjectName, FrameRef),
-    New { name: LeafHash, plain_len: usize, sealed: Vec<u8> },
+    New {
+        name: LeafHash,
+        plain_len: usize,
+        sealed: Vec<u8>,
+    },
 }
 
 impl ImageBuilder {
@@ -209,9 +213,8 @@ impl ImageBuilder {
         let batch = self.packs.begin_batch(self.queue.len() as u32)?;
         let numbered: Vec<(u32, &Queued)> = (batch.first_ordinal..).zip(&self.queue).collect();
         let this = &*self;
-        let prepared = parallel::map(self.options.workers, &numbered, |(ordinal, queued)| {
-            this.prepare(queued, &batch, *ordinal)
-        });
+        let prepared =
+            parallel::map(self.options.workers, &numbered, |(ordinal, queued)| this.prepare(queued, &batch, *ordinal));
         let queue = std::mem::take(&mut self.queue);
         self.queued_bytes = 0;
         for ((ordinal, queued), prepared) in (batch.first_ordinal..).zip(queue).zip(prepared) {

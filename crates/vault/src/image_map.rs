@@ -32,7 +32,12 @@ struct Item {
 #[derive(Debug, Clone, Copy)]
 enum ItemContent {
     /// A pack of the map, a chunk in it, the run's place in the chunk, and where its hashes begin.
-    Data { pack: u32, frame: FrameRef, at: u32, hashes: u32 },
+    Data {
+        pack: u32,
+        frame: FrameRef,
+        at: u32,
+        hashes: u32,
+    },
     Absent(Absence),
 }
 

@@ -75,15 +75,7 @@ impl PackWriter {
         dedup: SharedDedup,
         workers: NonZeroUsize,
     ) -> PackWriter {
-        PackWriter {
-            session,
-            store,
-            dedup,
-            workers,
-            open: None,
-            uploading: None,
-            pack_bytes_target: PACK_BYTES_TARGET,
-        }
+        PackWriter { session, store, dedup, workers, open: None, uploading: None, pack_bytes_target: PACK_BYTES_TARGET }
     }
 
     /// With another size per pack, for tests.

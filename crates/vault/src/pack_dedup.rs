@@ -113,7 +113,7 @@ impl DedupIndex {
     fn slot_of(&self, name: &[u8; 16]) -> usize {
         // Names are keyed hashes, so any eight bytes of them are as good as a hash.
         let hash = u64::from_le_bytes(*name.first_chunk().expect("a name has 16 bytes"));
-        let mut slot = (u128::from(hash) * self.slots.len() as u128 >> 64) as usize;
+        let mut slot = ((u128::from(hash) * self.slots.len() as u128) >> 64) as usize;
         loop {
             match self.slots[slot].checked_sub(1) {
                 Some(number) if self.record(number).name != *name => {

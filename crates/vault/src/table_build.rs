@@ -147,13 +147,7 @@ impl TableBuilder {
         Ok(Child { first: span.0, end: span.1, source, frame })
     }
 
-    fn add_child<S: PageSink>(
-        &mut self,
-        tree: Tree,
-        level: usize,
-        child: Child,
-        sink: &mut S,
-    ) -> Result<(), S::Error> {
+    fn add_child<S: PageSink>(&mut self, tree: Tree, level: usize, child: Child, sink: &mut S) -> Result<(), S::Error> {
         let children_max = self.children_max;
         let levels = &mut self.tree(tree).levels;
         if levels.len() == level {

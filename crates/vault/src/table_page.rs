@@ -164,11 +164,7 @@ pub(crate) fn encode_frame(frame: FrameRef, out: &mut Encoder) {
 }
 
 /// Reads a frame reference whose plaintext has at most `plain_max` bytes.
-pub(crate) fn decode_frame(
-    input: &mut Decoder,
-    class: FrameClass,
-    plain_max: usize,
-) -> Result<FrameRef, DecodeError> {
+pub(crate) fn decode_frame(input: &mut Decoder, class: FrameClass, plain_max: usize) -> Result<FrameRef, DecodeError> {
     let offset = input.varint("frame offset")?;
     let (sealed_len, plain_len) = decode_frame_lens(input, plain_max)?;
     let ordinal = input.varint_max("frame ordinal", u32::MAX.into())? as u32;
@@ -398,7 +394,8 @@ impl Previous {
                 let ordinal = last.frame.ordinal.checked_add(1);
                 let ordinal = ordinal.ok_or(DecodeError::Inconsistent("a frame ordinal is beyond 2^32"))?;
                 let offset = last.frame.offset + u64::from(last.frame.sealed_len);
-                let frame = checked_frame(FrameRef { offset, sealed_len, plain_len, ordinal, class: FrameClass::Data })?;
+                let frame =
+                    checked_frame(FrameRef { offset, sealed_len, plain_len, ordinal, class: FrameClass::Data })?;
                 Place { source: last.source, frame, at: decode_at(input)? }
             }
             _ => Place {

@@ -8,10 +8,10 @@ use std::sync::Arc;
 use replication::geometry::{ByteRange, GRANULE_BYTES};
 use replication::{DiskId, LeafHash};
 
+use crate::error::VaultError;
 use crate::object::FrameRef;
 use crate::table::{Entry, LEVELS_MAX, SOURCES_PER_PAGE, SourceIndex, Tree};
 use crate::table_page::{Child, InnerPage, LeafPage, Page};
-use crate::error::VaultError;
 use crate::view_source::{FrameSource, ObjectId};
 
 /// An open table.
@@ -187,13 +187,7 @@ fn lowest_start(tree: Tree, range: ByteRange) -> u64 {
     }
 }
 
-fn visit_leaf(
-    leaf: &LeafPage,
-    tree: Tree,
-    disk: DiskId,
-    range: ByteRange,
-    visit: &mut dyn FnMut(&Entry, &[LeafHash]),
-) {
+fn visit_leaf(leaf: &LeafPage, tree: Tree, disk: DiskId, range: ByteRange, visit: &mut dyn FnMut(&Entry, &[LeafHash])) {
     let lowest = (disk, lowest_start(tree, range));
     let from = leaf.entries().partition_point(|e| (e.disk, e.range.start) < lowest);
     for (offset, entry) in leaf.entries()[from..].iter().enumerate() {
@@ -206,12 +200,7 @@ fn visit_leaf(
     }
 }
 
-fn children_of_interest(
-    inner: &InnerPage,
-    tree: Tree,
-    disk: DiskId,
-    range: ByteRange,
-) -> impl Iterator<Item = &Child> {
+fn children_of_interest(inner: &InnerPage, tree: Tree, disk: DiskId, range: ByteRange) -> impl Iterator<Item = &Child> {
     let lowest = (disk, lowest_start(tree, range));
     // Entries with one key may continue in the next page, so the child before the first that begins at `lowest`
     // counts too.

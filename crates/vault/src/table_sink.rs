@@ -3,9 +3,9 @@
 use replication::{ChainId, Generation};
 
 use crate::error::VaultError;
+use crate::keys::WriterSession;
 use crate::layer::{Host, LayerKind, LayerRef};
 use crate::object::{Compression, FrameClass, FrameRef, ObjectBuilder, ObjectKind, Placement};
-use crate::keys::WriterSession;
 use crate::store::{ObjectName, Store};
 use crate::table_build::{PageSink, TableSummary};
 

@@ -241,14 +241,7 @@ impl Verifier<'_> {
         Ok(())
     }
 
-    fn is_new_claim(
-        &mut self,
-        object: ObjectId,
-        frame: FrameRef,
-        at: u32,
-        entry: &Entry,
-        hashes: &[LeafHash],
-    ) -> bool {
+    fn is_new_claim(&mut self, object: ObjectId, frame: FrameRef, at: u32, entry: &Entry, hashes: &[LeafHash]) -> bool {
         let mut hasher = blake3::Hasher::new();
         hasher.update(self.source.name(object).as_str().as_bytes());
         for number in [frame.offset, frame.sealed_len.into(), frame.ordinal.into(), at.into(), entry.range.len] {

@@ -70,9 +70,12 @@ pub struct ViewBelow {
 }
 
 impl ChainView {
-    /// A view of `layers`, in any order, each resolved to an object.
+    /// A view of `layers`, in any order, each resolved to an object. `parent` must read through the same `source`.
     pub fn new(source: Arc<FrameSource>, mut layers: Vec<LayerRef>, parent: Option<ViewBelow>) -> ChainView {
         assert!(layers.iter().all(|layer| layer.object().is_some()), "layers are resolved before they are read");
+        // Frames are cached under ids that only their source understands.
+        let one_source = parent.as_ref().is_none_or(|below| Arc::ptr_eq(&below.view.source, &source));
+        assert!(one_source, "a view and its parent read through the same source");
         layers.sort_by_key(|layer| std::cmp::Reverse(layer.last));
         let resolved = Cache::new(source.cache_bytes.resolved);
         ChainView { source, layers, parent, resolved }
@@ -97,13 +100,7 @@ impl ChainView {
     ///
     /// # Errors
     /// The first range that cannot be read; `buffer` then holds no promise.
-    pub fn read(
-        &self,
-        cut: SequenceNumber,
-        disk: DiskId,
-        offset: u64,
-        buffer: &mut [u8],
-    ) -> Result<(), ReadError> {
+    pub fn read(&self, cut: SequenceNumber, disk: DiskId, offset: u64, buffer: &mut [u8]) -> Result<(), ReadError> {
         let Some(range) = ByteRange::between(offset, offset + buffer.len() as u64) else { return Ok(()) };
         for part in range.split_at_multiples(GRANULE_BYTES) {
             let ahead = ByteRange::new(part.start, range.end() - part.start);
@@ -218,12 +215,7 @@ impl ChainView {
         Ok(ByteRange::between(rest.start, end.min(rest.end())).expect("a window holds at least one granule's rest"))
     }
 
-    fn next_narrow_start(
-        &self,
-        cut: SequenceNumber,
-        disk: DiskId,
-        from: u64,
-    ) -> Result<Option<u64>, VaultError> {
+    fn next_narrow_start(&self, cut: SequenceNumber, disk: DiskId, from: u64) -> Result<Option<u64>, VaultError> {
         let mut next: Option<u64> = None;
         let after = ByteRange::new(from, u64::MAX - from);
         for layer in self.layers.iter().filter(|layer| layer.first <= cut && layer.may_cover(disk, after)) {

@@ -128,12 +128,7 @@ impl Painter<'_> {
         rest.iter().try_for_each(|candidate| self.paint_one(candidate, bare, painting))
     }
 
-    fn paint_one(
-        &self,
-        candidate: &Candidate,
-        bare: &mut Bare,
-        painting: &mut Painting,
-    ) -> Result<(), VaultError> {
+    fn paint_one(&self, candidate: &Candidate, bare: &mut Bare, painting: &mut Painting) -> Result<(), VaultError> {
         let entry = &candidate.entry;
         match entry.content {
             Content::Data(place) => {
