@@ -355,7 +355,7 @@ fn live_many_lives(seed: u64) -> (usize, usize) {
             // Poisoned for good: the process ends, or the power is off.
             let _ = world.run(&mut journal, steps);
         } else {
-            panic!("seed {seed}: {}", opened.err().expect("it failed"));
+            panic!("seed {seed}: {:?}", opened.err().expect("it failed"));
         }
         world.files.set_faults(FileFaults::default());
         if world.files.is_powered() && world.random.one_in(3) {
@@ -364,7 +364,8 @@ fn live_many_lives(seed: u64) -> (usize, usize) {
             world.files.power_on();
         }
     }
-    let (journal, _) = world.open().unwrap_or_else(|error| panic!("seed {seed}: {error}"));
+    world.files.power_on();
+    let (journal, _) = world.open().unwrap_or_else(|error| panic!("seed {seed}: {error:?}"));
     world.check_recovery(&journal);
     (world.full, world.torn)
 }
