@@ -275,3 +275,47 @@ impl Drop for Frozen {
         self.shared.gate.end(self.shared.word(), &mut state, self.ticket);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::{AtomicBool, AtomicU32};
+    use world::SystemClock;
+
+    #[test]
+    fn nobody_enters_under_an_epoch_that_was_seen_idle() {
+        let (gate, word) = (Gate::default(), AtomicU64::new(Word::opening(Epoch(1)).0));
+        // Epochs below this one were seen idle after a newer one had opened.
+        let settled = AtomicU32::new(1);
+        let stop = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            for _ in 0..3 {
+                scope.spawn(|| {
+                    while !stop.load(Ordering::SeqCst) {
+                        let entered = gate.enter(&word, &SystemClock).expect("never closed");
+                        let stale = entered.epoch().0 < settled.load(Ordering::SeqCst);
+                        gate.leave(&word, Slot::of(entered.epoch()));
+                        if stale {
+                            stop.store(true, Ordering::SeqCst);
+                            panic!("entered under a settled epoch");
+                        }
+                    }
+                });
+            }
+            let mut epoch = Epoch(1);
+            for _ in 0..200_000 {
+                if stop.load(Ordering::SeqCst) {
+                    break;
+                }
+                let older = Slot::of(epoch);
+                epoch = epoch.next();
+                open_epoch(&word, epoch, Mode::Stream);
+                while !gate.is_idle(older) {
+                    std::hint::spin_loop();
+                }
+                settled.store(epoch.0, Ordering::SeqCst);
+            }
+            stop.store(true, Ordering::SeqCst);
+        });
+    }
+}

@@ -510,6 +510,37 @@ fn marks_are_there_when_the_write_reaches_the_disk() {
 }
 
 #[test]
+fn writes_that_overlap_in_flight_are_in_the_ring_as_on_the_disk() {
+    let disks = [MemoryDisk::new(8 * SECTOR)];
+    // Whoever is first here would often be second on the disk.
+    let calls = AtomicU64::new(0);
+    disks[0].on_change(move |_| {
+        (0..calls.fetch_add(1, Ordering::SeqCst) % 2 * 20).for_each(|_| std::thread::yield_now());
+        false
+    });
+    let (splitter, mut capture) = open(&disks, &MemoryMapStore::new(), 64 << 20);
+    capture.rotate(Mode::Stream).expect("free");
+    let mut replica = Replica::new(&disks);
+    replica.disks[0].0.fill(0);
+    for round in 0..500u64 {
+        std::thread::scope(|scope| {
+            for writer in 0..4 {
+                let disk = splitter.disk(DiskId(0)).expect("known");
+                scope.spawn(move || {
+                    let mut random = Random(round << 8 | writer);
+                    (0..3).for_each(|_| scribble(&disk, &mut random).expect("written"));
+                });
+            }
+        });
+        while let Some(record) = capture.next() {
+            replica.apply(&record);
+            capture.release(record.end);
+        }
+        assert!(replica.disks[0].0 == disks[0].contents(), "round {round}");
+    }
+}
+
+#[test]
 fn a_write_in_flight_keeps_its_epoch_unsettled() {
     let disks = [MemoryDisk::new(8 * GRANULE_BYTES)];
     let (splitter, mut capture) = open(&disks, &MemoryMapStore::new(), 100_000);
@@ -522,7 +553,7 @@ fn a_write_in_flight_keeps_its_epoch_unsettled() {
     disks[0].on_change(move |range| {
         if range.start == 0 {
             entered.send(()).expect("the test listens");
-            wait_go.lock().expect("not poisoned").recv().expect("the test speaks");
+            wait_go.lock().expect("not poisoned").recv_timeout(LIMIT).expect("the test speaks");
         }
         false
     });
@@ -762,7 +793,7 @@ fn a_freeze_gives_up_on_a_write_that_hangs() {
     disks[0].on_change(move |range| {
         if range.start == 0 {
             entered.send(()).expect("the test listens");
-            wait_go.lock().expect("not poisoned").recv().expect("the test speaks");
+            wait_go.lock().expect("not poisoned").recv_timeout(LIMIT).expect("the test speaks");
         }
         false
     });
