@@ -12,7 +12,7 @@ use replication::geometry::{ByteRange, GRANULE_BYTES, LEAF_BYTES, LEAVES_PER_GRA
 use replication::{ChainId, DiskId, Generation, LeafHash, LeafKey, PlainLeafHash, SequenceNumber};
 
 use crate::error::VaultError;
-use crate::image_map::ImageMap;
+use crate::image_map::{Chunk, ImageMap};
 use crate::keys::WriterSession;
 use crate::layer::{LayerKind, LayerRef};
 use crate::object::{Compression, FrameClass, FrameRef, ObjectKind};
@@ -71,6 +71,8 @@ pub struct ImageBuilder {
     options: ImageOptions,
     queue: Vec<Queued>,
     queued_bytes: usize,
+    /// Counts what was received: where ranges overlap, order matters.
+    arrivals: u64,
     map: ImageMap,
     stats: ImageStats,
 }
@@ -79,6 +81,8 @@ pub struct ImageBuilder {
 struct Queued {
     disk: DiskId,
     granule: u64,
+    /// Number of its last part.
+    arrival: u64,
     /// First leaf and whole leaves; disjoint and in order.
     parts: Vec<(u8, Bytes)>,
 }
@@ -126,6 +130,7 @@ impl ImageBuilder {
             options,
             queue: Vec::new(),
             queued_bytes: 0,
+            arrivals: 0,
             map: ImageMap::default(),
             stats: ImageStats::default(),
         }
@@ -152,7 +157,7 @@ impl ImageBuilder {
     /// whole leaves it ends the disk, and zeroes follow. What comes later replaces what came before.
     ///
     /// # Errors
-    /// Those of storing packs; the builder can be used again, and [`ImageBuilder::cut`] repeats what failed.
+    /// Those of storing packs. The builder stays usable: give it the same data again once the store is back.
     pub fn data(&mut self, disk: DiskId, start: u64, data: Bytes) -> Result<(), VaultError> {
         assert_eq!(start % LEAF_BYTES, 0, "heals move whole leaves");
         self.stats.received_bytes += data.len() as u64;
@@ -163,25 +168,27 @@ impl ImageBuilder {
             self.queued_bytes += bytes.len();
             let granule = part.start / GRANULE_BYTES;
             let leaf = (part.start % GRANULE_BYTES / LEAF_BYTES) as u8;
+            let before = self.arrivals;
+            self.arrivals += 1;
+            let arrival = self.arrivals;
             match self.queue.last_mut() {
-                Some(last) if last.disk == disk && last.granule == granule && last.end() <= leaf => {
+                Some(last) if last.is_continued_by(disk, granule, leaf, before) => {
                     last.parts.push((leaf, bytes));
+                    last.arrival = arrival;
                 }
-                _ => self.queue.push(Queued { disk, granule, parts: vec![(leaf, bytes)] }),
+                _ => self.queue.push(Queued { disk, granule, arrival, parts: vec![(leaf, bytes)] }),
+            }
+            if self.queued_bytes >= BATCH_BYTES {
+                self.work()?;
             }
         }
-        if self.queued_bytes >= BATCH_BYTES { self.work() } else { Ok(()) }
+        Ok(())
     }
 
     /// `range` of `disk`, made of whole leaves, held no bytes for the reason `absence`.
-    ///
-    /// # Errors
-    /// As [`ImageBuilder::data`].
-    pub fn absent(&mut self, disk: DiskId, range: ByteRange, absence: Absence) -> Result<(), VaultError> {
-        // Order matters where ranges overlap.
-        self.work()?;
-        self.map.add_absent(disk, range.widen_to(LEAF_BYTES), absence);
-        Ok(())
+    pub fn absent(&mut self, disk: DiskId, range: ByteRange, absence: Absence) {
+        self.arrivals += 1;
+        self.map.add_absent(disk, range.widen_to(LEAF_BYTES), absence, self.arrivals);
     }
 
     /// Makes everything received since the last cut durable and returns the layer that holds it; `None` if nothing
@@ -279,17 +286,23 @@ impl ImageBuilder {
             }
         };
         if let Some((pack, frame)) = place {
-            self.map.add_data(queued.disk, queued.granule, prepared.data, pack, frame, &prepared.hashes);
+            let chunk = Chunk { pack, frame, leaves: prepared.data };
+            self.map.add_data(queued.disk, queued.granule, chunk, &prepared.hashes, queued.arrival);
         }
         let start = queued.granule * GRANULE_BYTES;
         for run in runs(prepared.zero) {
-            self.map.add_absent(queued.disk, run.range(start), Absence::Zero);
+            self.map.add_absent(queued.disk, run.range(start), Absence::Zero, queued.arrival);
         }
         Ok(())
     }
 }
 
 impl Queued {
+    /// Whether leaf `leaf` can join this chunk: the same granule, behind what it holds, and received right after.
+    fn is_continued_by(&self, disk: DiskId, granule: u64, leaf: u8, before: u64) -> bool {
+        self.disk == disk && self.granule == granule && self.arrival == before && self.end() <= leaf
+    }
+
     /// One past the last leaf.
     fn end(&self) -> u8 {
         self.parts.last().map_or(0, |(first, bytes)| first + (bytes.len() / LEAF) as u8)

@@ -26,7 +26,17 @@ pub(crate) struct ImageMap {
 struct Item {
     disk: DiskId,
     range: ByteRange,
+    /// Larger came later.
+    arrival: u64,
     content: ItemContent,
+}
+
+/// Leaves of a granule that were stored as a chunk.
+#[derive(Debug, Clone)]
+pub(crate) struct Chunk {
+    pub(crate) pack: ObjectName,
+    pub(crate) frame: FrameRef,
+    pub(crate) leaves: u16,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -52,16 +62,9 @@ impl ImageMap {
         size_of_val(&self.items[..]) + size_of_val(&self.hashes[..])
     }
 
-    /// The leaves `leaves` of a granule are a chunk, and hash to `hashes`.
-    pub(crate) fn add_data(
-        &mut self,
-        disk: DiskId,
-        granule: u64,
-        leaves: u16,
-        pack: ObjectName,
-        frame: FrameRef,
-        hashes: &[LeafHash],
-    ) {
+    /// Leaves of a granule are a chunk, and hash to `hashes`.
+    pub(crate) fn add_data(&mut self, disk: DiskId, granule: u64, chunk: Chunk, hashes: &[LeafHash], arrival: u64) {
+        let Chunk { pack, frame, leaves } = chunk;
         let next = self.packs.len() as u32;
         let packs = &mut self.packs;
         let pack = *self.pack_numbers.entry(pack).or_insert_with_key(|pack| {
@@ -72,7 +75,7 @@ impl ImageMap {
         for run in runs(leaves) {
             let range = run.range(granule * GRANULE_BYTES);
             let content = ItemContent::Data { pack, frame, at, hashes: first_hash };
-            self.items.push(Item { disk, range, content });
+            self.items.push(Item { disk, range, arrival, content });
             at += range.len as u32;
             first_hash += run.count;
         }
@@ -80,16 +83,19 @@ impl ImageMap {
     }
 
     /// `range` holds no bytes.
-    pub(crate) fn add_absent(&mut self, disk: DiskId, range: ByteRange, absence: Absence) {
+    pub(crate) fn add_absent(&mut self, disk: DiskId, range: ByteRange, absence: Absence, arrival: u64) {
         if let Some(last) = self.items.last_mut()
             && last.disk == disk
             && last.range.end() == range.start
+            && (last.arrival..=last.arrival + 1).contains(&arrival)
             && matches!(last.content, ItemContent::Absent(known) if known == absence)
         {
+            // Nothing was received between the two, so nothing can lie over one and under the other.
             last.range = ByteRange::new(last.range.start, last.range.len + range.len);
+            last.arrival = arrival;
             return;
         }
-        self.items.push(Item { disk, range, content: ItemContent::Absent(absence) });
+        self.items.push(Item { disk, range, arrival, content: ItemContent::Absent(absence) });
     }
 
     /// Enters everything into `table` at `p0`. Where ranges overlap, the one that came last shows.
@@ -131,7 +137,7 @@ impl ImageMap {
         table: &mut TableBuilder,
         sink: &mut S,
     ) -> Result<(), S::Error> {
-        let Some(Item { disk, range, content: ItemContent::Absent(kind) }) = item else { return Ok(()) };
+        let Some(Item { disk, range, content: ItemContent::Absent(kind), .. }) = item else { return Ok(()) };
         let content = match kind {
             Absence::Zero => Content::Zero,
             Absence::Discarded => Content::Discarded,
@@ -155,7 +161,9 @@ impl ImageMap {
         // Rare: a link broke and what was under way came again.
         let mut covered: BTreeMap<DiskId, Covered> = BTreeMap::new();
         let mut visible = Vec::with_capacity(self.items.len());
-        for item in self.items.iter().rev() {
+        let mut newest_first: Vec<&Item> = self.items.iter().collect();
+        newest_first.sort_by_key(|item| std::cmp::Reverse(item.arrival));
+        for item in newest_first {
             let covered = covered.entry(item.disk).or_default();
             covered.add(item.range, |part| visible.push(part_of(item, part)));
         }

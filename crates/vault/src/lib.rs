@@ -42,6 +42,10 @@ mod view_paint;
 mod view_resolve;
 #[cfg(test)]
 mod view_fixture;
+#[cfg(test)]
+mod view_golden;
+#[cfg(test)]
+mod view_measure;
 pub mod view_source;
 #[cfg(test)]
 mod view_tests;

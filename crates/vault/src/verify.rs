@@ -83,6 +83,8 @@ pub struct VerifyReport {
     pub data_checked: bool,
     /// Damaged objects, by name.
     pub damaged: BTreeMap<ObjectName, DamagedObject>,
+    /// Objects that nobody with a grant for this vault wrote, and that nothing refers to. They are ignored.
+    pub foreign: Vec<(ObjectName, VaultError)>,
     /// Packs and tables that no table of the chains given refers to. Left by crashes and lost races; harmless.
     pub unreferenced: Vec<ObjectName>,
 }
@@ -113,6 +115,7 @@ pub fn verify(
     }
     let Verifier { mut report, referenced, .. } = verifier;
     let of_tables = |name: &ObjectName| name.as_str().starts_with("packs/") || name.as_str().contains("/s/");
+    report.foreign.retain(|(name, _)| !referenced.contains(name));
     report.unreferenced = names.into_iter().filter(|name| of_tables(name) && !referenced.contains(name)).collect();
     Ok(report)
 }
@@ -163,6 +166,7 @@ impl Verifier<'_> {
             self.report.objects += 1;
             match result {
                 Ok(bytes) => self.report.object_bytes += bytes,
+                Err(error @ VaultError::Foreign { .. }) => self.report.foreign.push((name, error)),
                 Err(error) => self.note(&name, error, None)?,
             }
         }
