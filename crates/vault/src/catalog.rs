@@ -316,3 +316,24 @@ impl CatalogEntry {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_answered(mut bytes: Vec<u8>, kind in 0u8..9) {
+            let _ = decode_content(bytes.clone().into(), 1);
+            if let Some(first) = bytes.first_mut() {
+                *first = kind;
+            }
+            if let Ok(entry) = CatalogEntry::decode(&mut Decoder::new(bytes)) {
+                let mut out = Encoder::new();
+                entry.encode(&mut out);
+                prop_assert_eq!(CatalogEntry::decode(&mut Decoder::new(out.finish())), Ok(entry));
+            }
+        }
+    }
+}

@@ -358,3 +358,130 @@ pub(crate) fn decode_option<T>(
         value => Err(DecodeError::Undefined { field: "presence", value: value.into() }),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use replication::{ChainId, DiskIdentity};
+
+    fn link(number: u64) -> ManifestLink {
+        ManifestLink { number, nonce: ObjectNonce([number as u8; 16]), digest: [3; 32] }
+    }
+
+    /// One of everything.
+    fn full() -> Manifest {
+        let sequence = SequenceNumber(1 << 45 | 7);
+        let gap = |scope| Gap { after: sequence, scope, time: PointTime(9), cause: "why".into(), until: None };
+        let closed = GapClosed { after: sequence, scope: GapScope::Machine, until: sequence, time: PointTime(11) };
+        let cuts = [
+            CutKind::Second,
+            CutKind::Marker { kind: MarkerKind::Final, name: "end".into() },
+            CutKind::HealEnd,
+            CutKind::GenerationEnd,
+        ];
+        let cuts: Vec<Cut> = (0u64..)
+            .zip(cuts)
+            // Decreasing, to show that the codec takes no offence.
+            .map(|(index, kind)| Cut { sequence: SequenceNumber(9 - index), time: PointTime(u64::MAX - index), kind })
+            .collect();
+        let geometry = DiskGeometry {
+            disk: DiskId(3),
+            identity: DiskIdentity { serial: "s".into(), fingerprint: [1; 16] },
+            path: "/dev/x".into(),
+            size_bytes: 4096,
+            logical_sector_bytes: 512,
+            physical_sector_bytes: 512,
+        };
+        let geometries = vec![GeometryChange { sequence, geometry }];
+        let defects =
+            vec![Defect { sequence, disk: DiskId(1), range: ByteRange::new(512, 512), cause: "medium".into() }];
+        let gaps = vec![
+            gap(GapScope::Machine),
+            gap(GapScope::Disks(vec![DiskId(1), DiskId(2)])),
+            Gap {
+                until: Some((sequence, PointTime(12))),
+                ..gap(GapScope::Ranges(vec![(DiskId(1), ByteRange::new(0, 9))]))
+            },
+        ];
+        let skip = CheckpointLink { manifest: link(4), index: 2, last_time: PointTime(5), last_cut: sequence };
+        Manifest {
+            number: 300,
+            parent: Some(link(299)),
+            opened: 200,
+            last_checkpoint: Some(skip),
+            kind: ManifestKind::Append,
+            delta: Delta {
+                through: sequence,
+                proven_through: PointTime(8),
+                skew_ns: -4,
+                layers: Vec::new(),
+                cuts: cuts.clone(),
+                gaps_opened: gaps.clone(),
+                gaps_closed: vec![closed.clone()],
+                defects: defects.clone(),
+                geometries: geometries.clone(),
+                honoured_condemned: 6,
+            },
+            checkpoint: Some(Box::new(Checkpoint {
+                index: 3,
+                covered: vec![link(298), link(299)],
+                layers: Vec::new(),
+                gaps,
+                gaps_closed: vec![closed],
+                defects,
+                geometries,
+                cuts,
+                skips: vec![skip, skip],
+            })),
+        }
+    }
+
+    #[test]
+    fn every_kind_of_manifest_reads_back() {
+        let parent = Some(Position { chain: ChainId([8; 16]), sequence: SequenceNumber(77) });
+        for kind in [
+            ManifestKind::Append,
+            ManifestKind::OpenGeneration { reason: "take-over".into(), base: SequenceNumber(5) },
+            ManifestKind::Genesis { machine: MachineId([7; 16]), parent },
+            ManifestKind::Genesis { machine: MachineId([7; 16]), parent: None },
+        ] {
+            let manifest = Manifest { kind, ..full() };
+            assert_eq!(decode_manifest(&encode_manifest(&manifest).into()), Ok(manifest));
+        }
+    }
+
+    #[test]
+    fn reserved_kinds_are_newer_and_undefined_ones_damage() {
+        let name = ObjectName::new("x").expect("a name");
+        let mut bytes = encode_manifest(&Manifest { parent: None, last_checkpoint: None, checkpoint: None, ..full() });
+        // number (2), opened (2), no parent, no checkpoint, kind.
+        assert_eq!(bytes[6], APPEND);
+        for (kind, newer) in [(4, true), (7, true), (31, true), (32, false), (0, false)] {
+            bytes[6] = kind;
+            let error = decode_manifest(&bytes.clone().into()).expect_err("unknown");
+            assert_eq!(matches!(refusal(&name, error), VaultError::NewerFormat { .. }), newer, "{kind}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_answered(
+            garbage: Vec<u8>, flips in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..5), keep: prop::sample::Index,
+        ) {
+            let _ = decode_manifest(&garbage.clone().into());
+            let mut bytes = encode_manifest(&full());
+            for (index, value) in flips {
+                let index = index.index(bytes.len());
+                bytes[index] = value;
+            }
+            let cut = keep.index(bytes.len());
+            for bytes in [bytes.clone(), bytes[..cut].to_vec(), [&bytes[..cut], &garbage].concat()] {
+                // What is accepted means one thing only.
+                if let Ok(manifest) = decode_manifest(&bytes.clone().into()) {
+                    prop_assert_eq!(decode_manifest(&encode_manifest(&manifest).into()), Ok(manifest));
+                }
+            }
+        }
+    }
+}

@@ -159,6 +159,8 @@ impl FrameSealer {
             .expect("a writer has a data key")
             .seal_in_place_append_tag(nonce(ordinal), Aad::from(self.keys.associated), &mut buffer)
             .expect("a frame is below the cipher's limit of 64 GiB");
+        // Compressed into room for the plaintext; an object being made keeps thousands of frames.
+        buffer.shrink_to_fit();
         buffer
     }
 }
@@ -181,14 +183,17 @@ fn compress(plaintext: &[u8], compression: Compression) -> Option<Vec<u8>> {
     if plaintext.len() < 32 || looks_incompressible(plaintext) {
         return None;
     }
-    // A buffer of the largest size still worth keeping: zstd gives up by itself when it does not fit.
-    let budget = plaintext.len() - plaintext.len() / LEAST_SAVING;
-    let mut buffer = vec![0; budget + AES_256_GCM.tag_len()];
+    // Room for the worst case: a compressor that ran out of room once refuses its next parameters, and from then on
+    // everything would silently be stored raw.
+    let mut buffer = vec![0; 1 + zstd::zstd_safe::compress_bound(plaintext.len()) + AES_256_GCM.tag_len()];
     buffer[0] = ZSTD;
     let len = COMPRESSOR.with_borrow_mut(|compressor| {
-        compressor.set_compression_level(level).ok()?;
-        compressor.compress_to_buffer(plaintext, &mut buffer[1..budget]).ok()
-    })?;
+        compressor.set_compression_level(level).expect("the level is valid and no compression is under way");
+        compressor.compress_to_buffer(plaintext, &mut buffer[1..]).expect("the buffer has room for the worst case")
+    });
+    if len > plaintext.len() - plaintext.len() / LEAST_SAVING {
+        return None;
+    }
     buffer.truncate(1 + len);
     Some(buffer)
 }
@@ -272,6 +277,11 @@ mod tests {
         }
         let text = "All happy families are alike; each unhappy one is unhappy in its own way. ".repeat(1000);
         assert!(compress(text.as_bytes(), Compression::Fast).expect("compresses").len() < text.len() / 10);
+        // What one frame turned out to be must not decide about the next.
+        for _ in 0..2 {
+            assert!(compress(&noise(3000), Compression::Fast).is_none());
+            assert!(compress(text.as_bytes(), Compression::Dense).is_some());
+        }
         // Half noise, half zeroes must still be compressed.
         let mut half = noise(65_536);
         half[32_768..].fill(0);

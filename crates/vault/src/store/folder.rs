@@ -145,7 +145,10 @@ impl Store for FolderStore {
                 if size >= range.end {
                     return Err(StoreError::Unavailable { at: name.to_string(), source: error.into() });
                 }
-                let present = usize::try_from(size.saturating_sub(range.start)).unwrap_or(usize::MAX);
+                if size <= range.start {
+                    return Ok(Bytes::new());
+                }
+                let present = usize::try_from(size - range.start).unwrap_or(usize::MAX);
                 let bytes = self.files.read_at(name.as_str(), range.start, present);
                 bytes.map(Bytes::from).map_err(|error| read_error(name, error))
             }

@@ -1,5 +1,7 @@
 //! A small deterministic world for the vault's tests.
-#![allow(dead_code, missing_docs, unreachable_pub)]
+#![allow(dead_code, missing_docs, unreachable_pub, clippy::unwrap_used, clippy::new_ret_no_self)]
+
+pub mod history;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;

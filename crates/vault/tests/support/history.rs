@@ -1,0 +1,146 @@
+//! A small history that holds one of everything, and what reading it must give.
+
+use std::sync::Arc;
+
+use replication::{
+    ByteRange, ChainId, Cut, CutKind, DiskGeometry, DiskId, DiskIdentity, Generation, MachineId, MarkerKind, PointTime,
+    Position, SequenceNumber,
+};
+use vault::manifest::{Defect, GapClosed};
+use vault::{
+    Catalog, CatalogEntry, ChainHistory, ChainWriter, CheckpointWish, Delta, Gap, GapScope, GeometryChange, Moment,
+    OpenKeys, Points, Store,
+};
+
+use super::World;
+
+pub const CHAIN: ChainId = ChainId([0xc1; 16]);
+pub const BRANCH: ChainId = ChainId([0xb1; 16]);
+pub const MACHINE: MachineId = MachineId([0xa1; 16]);
+
+pub fn seq(generation: u32, counter: u64) -> SequenceNumber {
+    SequenceNumber(Generation(generation).base().0 + counter)
+}
+
+pub fn second(seconds: u64) -> PointTime {
+    PointTime(1_795_356_000_000_000_000 + seconds * 1_000_000_000)
+}
+
+pub fn geometry(disk: u16) -> DiskGeometry {
+    DiskGeometry {
+        disk: DiskId(disk),
+        identity: DiskIdentity { serial: format!("disk-{disk}"), fingerprint: [disk as u8; 16] },
+        path: format!("/dev/vd{disk}"),
+        size_bytes: 1 << 30,
+        logical_sector_bytes: 512,
+        physical_sector_bytes: 4096,
+    }
+}
+
+pub fn cut(sequence: SequenceNumber, seconds: u64, kind: CutKind) -> Cut {
+    Cut { sequence, time: second(seconds), kind }
+}
+
+pub fn write(world: &World) {
+    let (session, keys) = world.writer("ps one");
+    let first = Delta {
+        geometries: vec![GeometryChange { sequence: seq(1, 0), geometry: geometry(0) }],
+        gaps_opened: vec![Gap {
+            after: seq(1, 0),
+            scope: GapScope::Machine,
+            time: second(0),
+            cause: "initial replication".into(),
+            until: None,
+        }],
+        ..Delta::default()
+    };
+    let mut writer = ChainWriter::create(&world.store, &session, &keys, CHAIN, (MACHINE, None), first).expect("create");
+    let heal_end = seq(1, 10);
+    writer
+        .commit(CheckpointWish::WhenDue, |_| {
+            Ok(Delta {
+                through: seq(1, 12),
+                proven_through: second(12),
+                skew_ns: -5,
+                cuts: vec![
+                    cut(seq(1, 4), 4, CutKind::Second),
+                    cut(heal_end, 10, CutKind::HealEnd),
+                    cut(
+                        seq(1, 12),
+                        12,
+                        CutKind::Marker { kind: MarkerKind::Application, name: "before update".into() },
+                    ),
+                ],
+                gaps_closed: vec![GapClosed {
+                    after: seq(1, 0),
+                    scope: GapScope::Machine,
+                    until: heal_end,
+                    time: second(10),
+                }],
+                defects: vec![Defect {
+                    sequence: seq(1, 5),
+                    disk: DiskId(0),
+                    range: ByteRange::new(4096, 512),
+                    cause: "medium error".into(),
+                }],
+                ..Delta::default()
+            })
+        })
+        .expect("commit");
+    writer
+        .commit(CheckpointWish::Now, |_| {
+            Ok(Delta {
+                through: seq(1, 20),
+                proven_through: second(20),
+                cuts: vec![cut(seq(1, 20), 20, CutKind::GenerationEnd)],
+                ..Delta::default()
+            })
+        })
+        .expect("commit");
+    let (successor, keys) = world.writer("ps two");
+    let history = ChainHistory::load(&world.store, &keys, CHAIN).expect("load");
+    let gap = Gap {
+        after: seq(1, 20),
+        scope: GapScope::Disks(vec![DiskId(0)]),
+        time: second(20),
+        cause: "process server lost".into(),
+        until: None,
+    };
+    let opening = Delta { gaps_opened: vec![gap], ..Delta::default() };
+    ChainWriter::open_generation(&world.store, &successor, &keys, &history, "take-over", opening).expect("open");
+    let mut catalog = Catalog::load(&world.store, &keys).expect("load");
+    let parent = Position { chain: CHAIN, sequence: heal_end };
+    for entry in [
+        CatalogEntry::MachineProtected { machine: MACHINE, name: "web".into(), chain: CHAIN, disks: vec![geometry(0)] },
+        CatalogEntry::BranchOpened { chain: BRANCH, parent, name: "drill".into(), pinned: true },
+        CatalogEntry::BranchDiscarded { chain: BRANCH },
+        CatalogEntry::WriterGranted { writer: session.keys().writer(), label: "ps one".into() },
+        CatalogEntry::Note { text: "quiet".into() },
+        CatalogEntry::MachineFollows { machine: MACHINE, chain: BRANCH },
+    ] {
+        catalog.append(&world.store, &keys, &successor, &entry).expect("append");
+    }
+}
+
+pub fn check(store: &Arc<dyn Store>, keys: &OpenKeys) {
+    let history = ChainHistory::load(store, keys, CHAIN).expect("load");
+    assert_eq!(history.machine, MACHINE);
+    assert_eq!(history.head.number, 4);
+    assert_eq!(history.through, seq(1, 20));
+    assert_eq!(history.generations.len(), 2);
+    assert_eq!(history.generation().reason.as_deref(), Some("take-over"));
+    assert_eq!(history.geometry_at(seq(1, 3)), [geometry(0)]);
+    assert_eq!(history.defects().len(), 1);
+    let gaps = history.gaps();
+    assert_eq!(gaps.len(), 2);
+    assert_eq!(gaps[0].until, Some((seq(1, 10), second(10))));
+    let points = Points::new(store, keys, &history);
+    let marker = points.resolve(&Moment::Marker("before update".into())).expect("marker");
+    assert_eq!(marker.cut.sequence, seq(1, 12));
+    let latest = points.resolve(&Moment::Latest).expect("latest");
+    assert_eq!((latest.cut.sequence, latest.lacking.len()), (seq(1, 20), 0));
+    let catalog = Catalog::load(store, keys).expect("catalog");
+    assert_eq!(catalog.records.len(), 6);
+    assert_eq!(catalog.machines[&MACHINE].chain, BRANCH);
+    assert!(catalog.branches[&BRANCH].pinned && catalog.branches[&BRANCH].discarded);
+}
