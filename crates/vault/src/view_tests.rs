@@ -86,8 +86,8 @@ enum Step {
     Seal(Vec<(u16, u64, u64, u8, bool)>),
     /// Runs of leaves, and after which of them a partial image is cut.
     Heal(Vec<(u16, u64, u64, u8, bool)>),
-    /// Merge the segments so far, leaving out this many of the oldest.
-    Merge(usize),
+    /// Merge those of the segments so far whose bit is set: neighbours or not.
+    Merge(u32),
     /// Go on in a branch at this one of the cuts so far.
     Branch(prop::sample::Index),
 }
@@ -98,7 +98,7 @@ fn step() -> impl Strategy<Value = Step> {
     prop_oneof![
         4 => prop::collection::vec(change, 1..10).prop_map(Step::Seal),
         2 => prop::collection::vec(run, 1..8).prop_map(Step::Heal),
-        1 => (0..3usize).prop_map(Step::Merge),
+        2 => any::<u32>().prop_map(Step::Merge),
         1 => any::<prop::sample::Index>().prop_map(Step::Branch),
     ]
 }
@@ -203,12 +203,14 @@ impl Run {
         self.cuts.push(p0);
     }
 
-    fn merge(&mut self, skip: usize) {
-        let (mut merged, kept): (Vec<_>, Vec<_>) =
-            std::mem::take(&mut self.layers).into_iter().partition(|layer| layer.kind != LayerKind::Image);
+    fn merge(&mut self, mask: u32) {
+        let mut position = 0;
+        let chosen = |layer: &LayerRef| {
+            position += 1;
+            layer.kind != LayerKind::Image && mask >> (position % 32) & 1 == 1
+        };
+        let (rest, kept): (Vec<_>, Vec<_>) = std::mem::take(&mut self.layers).into_iter().partition(chosen);
         self.layers = kept;
-        let rest = merged.split_off(skip.min(merged.len()));
-        self.layers.extend(merged);
         if rest.len() < 2 {
             self.layers.extend(rest);
             return;
@@ -282,7 +284,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(24))]
     #[test]
     fn every_byte_hash_and_extent_at_every_cut_is_what_the_history_says(
-        steps in prop::collection::vec(step(), 1..9),
+        steps in prop::collection::vec(step(), 1..12),
         reads in prop::collection::vec((0..PADDED_BYTES, 1..100_000u64), 0..8),
         tiny_cache: bool,
     ) {
@@ -295,7 +297,7 @@ proptest! {
             match step {
                 Step::Seal(changes) => run.seal(changes),
                 Step::Heal(runs) => run.heal(runs),
-                Step::Merge(skip) => run.merge(*skip),
+                Step::Merge(mask) => run.merge(*mask),
                 Step::Branch(cut) => {
                     let cut = run.cuts[cut.index(run.cuts.len())];
                     run.check(&[]);
@@ -506,4 +508,23 @@ fn merges_are_planned_by_level_generation_and_heal() {
     assert!(!plan.contains(&6) && plan.last() == Some(&0), "oldest first, no image: {plan:?}");
     layers[3].level = 1;
     assert_eq!(plan_merges(&layers), None);
+}
+
+#[test]
+fn layers_whose_sequences_interleave_are_painted_newest_first() {
+    let fixture = Fixture::new();
+    let data = |n: u64| noise(n, 8192);
+    let segments: Vec<LayerRef> = (1..=6).map(|n| fixture.layer(&[write(n, 0, n * 512, data(n))], &[])).collect();
+    let merge = |members: [usize; 3]| {
+        let chosen = members.map(|member| segments[member].clone());
+        merge_layers(&fixture.source(), &chosen, &fixture.session, fixture.chain, GENERATION).expect("merges")
+    };
+    let view = ChainView::new(fixture.source(), vec![merge([0, 2, 4]), merge([1, 3, 5])], None);
+    for cut in 0..=6 {
+        let mut expected = vec![0; 16_384];
+        (1..=cut).for_each(|n| expected[n as usize * 512..][..8192].copy_from_slice(&data(n)));
+        let mut found = vec![0xee; expected.len()];
+        view.read(SequenceNumber(cut), DiskId(0), 0, &mut found).expect("reads");
+        assert!(found == expected, "at {cut}");
+    }
 }
