@@ -319,7 +319,8 @@ impl<C: Capture> Engine<C> {
                     }
                 }
                 Action::ClearEpoch { epoch, chain, committed } => {
-                    if self.remember_cleared(chain, committed) {
+                    // Marks of failed writes stay for the heal that they cause.
+                    if !self.capture.has_unstreamed(epoch) && self.remember_cleared(chain, committed) {
                         self.capture.clear(epoch);
                     }
                 }

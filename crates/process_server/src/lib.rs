@@ -3,4 +3,6 @@
 //!
 //! A change's way: ingest, [`journal`], seal, upload.
 
+pub mod ingest;
 pub mod journal;
+pub mod pipeline;
