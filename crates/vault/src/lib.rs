@@ -5,6 +5,10 @@
 //! * [`store`]: named immutable objects, created once.
 //! * [`keys`]: who can read, write and name what.
 //! * [`object`]: one signed envelope around encrypted frames.
+//! * [`vault`]: made, opened, unlocked, granted to writers; [`catalog`]: what it protects.
+//! * [`table`], [`segment`], [`image`], [`pack`], [`merge`]: changes and disks as layers.
+//! * [`manifest`], [`chain`], [`points`]: history, its one writer, and the moments that can be opened.
+//! * [`view`]: what a disk holds at a point; [`verify`]: whether everything is still what was written.
 
 pub mod catalog;
 pub mod chain;
