@@ -3,6 +3,12 @@
 //!
 //! A change's way: ingest, [`journal`], seal, upload.
 
+pub mod config;
 pub mod ingest;
 pub mod journal;
+pub mod machine;
 pub mod pipeline;
+pub mod server;
+
+pub use config::ServerConfig;
+pub use server::{Server, StartError};

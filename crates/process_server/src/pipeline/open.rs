@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use replication::cut::{CutKind, CutPlanner, PointTime};
 use replication::receiver::{Greeting, Receiver, Remembered, SessionStart, greet};
-use replication::wire::{HealNeed, Hello, Message, RefusalCode};
+use replication::wire::{HealNeed, Hello, Message};
 use replication::{ChainId, InstanceId, MachineId, SequenceNumber, StreamHash};
 use vault::catalog::{Catalog, CatalogEntry};
 use vault::manifest::{Delta, Gap, GapScope, GeometryChange};
@@ -308,11 +308,6 @@ impl Pipeline {
         self.view = None;
         Ok(())
     }
-}
-
-/// The refusal for a machine whose chain cannot be used now.
-pub(crate) fn busy(reason: String) -> Message {
-    Message::Refuse { code: RefusalCode::Busy, reason }
 }
 
 /// Whether the journal's tail continues the chain's head: the last generation is the journal's own session's, by this
