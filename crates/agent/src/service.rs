@@ -1,0 +1,438 @@
+//! The running agent: serves the protected disks over NBD and keeps replicating what is written to them.
+//!
+//! Threads: one engine ([`drive`]), one per NBD connection, one for the control socket, one that moves the link's bytes.
+//! Disks are served before and whether or not a process server can be reached: protection never stops a machine.
+//!
+//! Order at start: lock, identity, disks, dirty maps, NBD, engine, control. Order of an orderly end: control, NBD, capture
+//! closed (disks flushed, maps say so), what is left in the ring, good-bye. A kill at any moment costs a comparison of
+//! what the maps name, after a reboot of everything.
+
+use std::fs::File;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, SyncSender};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use link::{Connector, DenyList, LinkIdentity, LinkRuntime, Trust};
+use nbd::{DeviceExport, ExportTable, Listen, Server, ServerHandle, ServerOptions};
+use replication::sender::SenderConfig;
+use replication::wire::OfferHashes;
+use replication::{InstanceId, MachineId};
+use world::{Access, Clock, Entropy, SystemEntropy};
+
+use crate::capture::{Capture, FileMapStore, Frozen, MapStoreError, Splitter, SplitterCapture, SplitterConfig};
+use crate::config::AgentConfig;
+use crate::disks::{self, DiskRegister, FoundDisk, Moment};
+use crate::engine::Engine;
+use crate::state::{self, MAPS, StateDir};
+use crate::status::{
+    AgentStatus, DiskStatus, HealStatus, LinkStatus, NbdStatus, ProtectionState, RingStatus, STATUS_FORMAT, Watermarks,
+    WriteStatus,
+};
+
+pub mod control;
+mod drive;
+pub mod problem;
+mod uplink;
+
+use control::ControlServer;
+use drive::{Command, Drive};
+use problem::Problem;
+use uplink::Uplink;
+
+/// Threads that encrypt and move the link's bytes.
+const LINK_THREADS: usize = 1;
+/// Commands that wait for the engine at most.
+const COMMANDS_MAX: usize = 16;
+/// How long a start waits for a predecessor that is just ending, and how often it looks.
+const PREDECESSOR_WAIT: Duration = Duration::from_secs(2);
+const PREDECESSOR_POLL: Duration = Duration::from_millis(20);
+/// How long writes in flight may take to end when the agent stops.
+const CLOSE_LIMIT: Duration = Duration::from_secs(10);
+/// How long a stop waits for the process server to take what is left in the ring.
+const DRAIN_LIMIT: Duration = Duration::from_secs(3);
+
+/// What a start needs besides the configuration.
+pub struct ServiceOptions {
+    /// Names of disks that may have shrunk or been replaced.
+    pub accept_disks: Vec<String>,
+    /// The machine's clock.
+    pub clock: Arc<dyn Clock>,
+}
+
+/// What the threads of one agent share.
+pub(crate) struct Shared {
+    pub(crate) splitter: Splitter,
+    pub(crate) clock: Arc<dyn Clock>,
+    pub(crate) commands: SyncSender<Command>,
+    status: Mutex<AgentStatus>,
+    started: world::Monotonic,
+    frozen: Mutex<Option<Frozen>>,
+    nbd: Mutex<Option<ServerHandle>>,
+    stop: Mutex<Option<String>>,
+    stop_wanted: Condvar,
+    aborted: AtomicBool,
+}
+
+impl Shared {
+    pub(crate) fn status(&self) -> MutexGuard<'_, AgentStatus> {
+        lock(&self.status)
+    }
+
+    /// The status as of now.
+    pub(crate) fn snapshot(&self) -> AgentStatus {
+        let mut status = self.status().clone();
+        status.uptime_s = self.clock.monotonic().since(self.started).as_secs();
+        let writes = self.splitter.statistics();
+        status.writes = WriteStatus {
+            changes: writes.changes,
+            written_bytes: writes.written_bytes,
+            tracked: writes.tracked,
+            failed: writes.failed,
+        };
+        if let Some(nbd) = lock(&self.nbd).as_ref() {
+            status.nbd.connections = nbd.connections() as u64;
+        }
+        status
+    }
+
+    pub(crate) fn frozen(&self) -> MutexGuard<'_, Option<Frozen>> {
+        lock(&self.frozen)
+    }
+
+    pub(crate) fn request_stop(&self, why: &str) {
+        lock(&self.stop).get_or_insert_with(|| why.to_owned());
+        self.stop_wanted.notify_all();
+    }
+
+    pub(crate) fn is_aborted(&self) -> bool {
+        self.aborted.load(Ordering::SeqCst)
+    }
+}
+
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Asks a running agent to end, from any thread.
+#[derive(Clone)]
+pub struct Stopper(Arc<Shared>);
+
+impl Stopper {
+    /// Lets [`Service::wait`] return.
+    pub fn request(&self, why: &str) {
+        self.0.request_stop(why);
+    }
+}
+
+/// A running agent. Dropping it ends it as a kill would: the ring is lost, the maps are not.
+pub struct Service {
+    shared: Arc<Shared>,
+    control: Option<ControlServer>,
+    engine: Option<JoinHandle<()>>,
+    state: StateDir,
+    register: DiskRegister,
+    disks: Vec<FoundDisk>,
+    nbd_tcp: Vec<std::net::SocketAddr>,
+    _lock: File,
+}
+
+impl Service {
+    /// Starts an agent. On return the disks are served; the process server need not be there.
+    ///
+    /// # Errors
+    /// What is wrong and what to do about it, one entry for each disk if disks are the matter. Nothing runs then.
+    pub fn start(config: &AgentConfig, options: ServiceOptions) -> Result<Service, Vec<Problem>> {
+        config.check().map_err(|problem| vec![problem])?;
+        let state = StateDir::open(&config.state_dir).map_err(|problem| vec![problem])?;
+        let guard = patiently(|| state.lock()).map_err(|problem| vec![problem])?;
+        let mut register = DiskRegister::load(&state).map_err(|problem| vec![problem])?;
+        let found = disks::find(&config.disks, Access::ReadWrite, &mut register, &options.accept_disks)?;
+        assemble(config, options, state, guard, register, found).map_err(|problem| vec![problem])
+    }
+
+    /// What it says about itself now.
+    pub fn status(&self) -> AgentStatus {
+        self.shared.snapshot()
+    }
+
+    /// TCP addresses on which the disks are served, with the ports that the system chose.
+    pub fn nbd_tcp(&self) -> &[std::net::SocketAddr] {
+        &self.nbd_tcp
+    }
+
+    /// A way to end it from another thread.
+    pub fn stopper(&self) -> Stopper {
+        Stopper(self.shared.clone())
+    }
+
+    /// Waits until somebody asks it to stop; who that was.
+    pub fn wait(&self) -> String {
+        let mut stop = lock(&self.shared.stop);
+        loop {
+            match stop.as_ref() {
+                Some(why) => return why.clone(),
+                None => stop = self.shared.stop_wanted.wait(stop).unwrap_or_else(PoisonError::into_inner),
+            }
+        }
+    }
+
+    /// Ends it in order: disks are flushed and no longer served, the maps record it, what is left in the ring is sent
+    /// if the process server takes it soon. The next start compares nothing but what was not committed.
+    ///
+    /// # Errors
+    /// The disks are no longer served, but the next start has to compare.
+    pub fn stop(mut self) -> Result<(), Problem> {
+        drop(self.shared.frozen().take());
+        drop(self.control.take());
+        let nbd = lock(&self.shared.nbd).take();
+        if let Some(nbd) = nbd {
+            nbd.stop();
+        }
+        let closed = self.shared.splitter.close(CLOSE_LIMIT);
+        let finish = Command::Finish { within: DRAIN_LIMIT };
+        if self.shared.commands.send(finish).is_ok()
+            && let Some(engine) = self.engine.take()
+            && engine.join().is_err()
+        {
+            tracing::error!("the replication thread ended by a fault of the program");
+        }
+        closed.map_err(|error| {
+            Problem::caused(
+                "the disks were not closed in order",
+                &error,
+                "the next start compares them; look at the disks",
+            )
+        })?;
+        self.register.store(&self.state, &self.disks, Moment::Stopped)?;
+        tracing::info!("stopped; the next start needs no comparison");
+        Ok(())
+    }
+
+    /// Ends it at once, as a kill would.
+    pub fn abort(self) {
+        drop(self);
+    }
+}
+
+impl Drop for Service {
+    fn drop(&mut self) {
+        self.shared.aborted.store(true, Ordering::SeqCst);
+        drop(self.shared.frozen().take());
+        drop(self.control.take());
+        drop(lock(&self.shared.nbd).take());
+        if let Some(engine) = self.engine.take() {
+            // A panic was logged when it happened.
+            let _ = engine.join();
+        }
+    }
+}
+
+/// Everything after the disks were found.
+fn assemble(
+    config: &AgentConfig,
+    options: ServiceOptions,
+    state: StateDir,
+    guard: File,
+    mut register: DiskRegister,
+    found: Vec<FoundDisk>,
+) -> Result<Service, Problem> {
+    let identity = state.joined_identity()?;
+    let machine = MachineId(identity.peer.id);
+    let enrolment = state.enrolment();
+    let addresses = choose(&config.server_addresses, &enrolment.server_addresses);
+    if addresses.is_empty() {
+        return Err(Problem::usage(
+            "no process server is known",
+            "neither the configuration nor the join token named one",
+            "set server_addresses in the configuration",
+        ));
+    }
+    let host = state::host_name();
+    let name = [&config.machine_name, &enrolment.machine_name, &host].into_iter().find(|name| !name.is_empty());
+    let name = name.cloned().unwrap_or_else(|| machine.to_string());
+    let boot = state::boot_id()?;
+
+    let maps = patiently(|| FileMapStore::open(state.path(), MAPS)).map_err(maps_problem)?;
+    let splitter_config = SplitterConfig { machine, boot, ring_bytes_max: config.ring_bytes_max };
+    let protected = found.iter().map(FoundDisk::protected).collect();
+    let (splitter, capture) =
+        Splitter::open(protected, &maps, options.clock.clone(), splitter_config).map_err(|error| {
+            Problem::caused("the disks cannot be protected", &error, "make room in the state directory")
+        })?;
+    let start = || {
+        let (commands, received) = mpsc::sync_channel(COMMANDS_MAX);
+        let shared = Arc::new(Shared {
+            status: Mutex::new(first_status(config, machine, &name, &found)),
+            started: options.clock.monotonic(),
+            splitter: splitter.clone(),
+            clock: options.clock.clone(),
+            commands,
+            frozen: Mutex::new(None),
+            nbd: Mutex::new(None),
+            stop: Mutex::new(None),
+            stop_wanted: Condvar::new(),
+            aborted: AtomicBool::new(false),
+        });
+        let engine = engine(config, &options, &state, &found, capture, machine, &name, boot);
+        // Only now: what made a disk doubtful is forgotten when its new state is recorded.
+        register.store(&state, &found, Moment::Started)?;
+        let uplink = uplink(identity, addresses, options.clock.clone())?;
+        let nbd_tcp = serve_disks(config, &found, &shared)?;
+        let service = Service {
+            shared: shared.clone(),
+            control: None,
+            engine: None,
+            state,
+            register,
+            disks: found,
+            nbd_tcp,
+            _lock: guard,
+        };
+        begin(service, config, Drive::new(engine, uplink, received, shared))
+    };
+    start().inspect_err(|_| {
+        // Nothing was written: a start that failed must not cost a comparison after the next reboot.
+        if let Err(error) = splitter.close(CLOSE_LIMIT) {
+            tracing::warn!(error = problem::chain(&error), "the disks were not closed in order");
+        }
+    })
+}
+
+/// Starts the threads.
+fn begin(mut service: Service, config: &AgentConfig, drive: Drive) -> Result<Service, Problem> {
+    let what = "the agent cannot start";
+    let engine = thread::Builder::new().name("engine".to_owned()).spawn(move || drive.run());
+    service.engine = Some(engine.map_err(|error| Problem::caused(what, &error, "raise the limit of threads"))?);
+    service.control = Some(ControlServer::start(&config.control_socket(), service.shared.clone())?);
+    tracing::info!(
+        machine = service.shared.status().machine,
+        disks = service.disks.len(),
+        nbd = %config.nbd_socket().display(),
+        "the agent serves the disks"
+    );
+    Ok(service)
+}
+
+fn choose(configured: &[String], enrolled: &[String]) -> Vec<String> {
+    if configured.is_empty() { enrolled.to_vec() } else { configured.to_vec() }
+}
+
+#[allow(clippy::too_many_arguments, reason = "called once; a struct would only repeat the names")]
+fn engine(
+    config: &AgentConfig,
+    options: &ServiceOptions,
+    state: &StateDir,
+    found: &[FoundDisk],
+    mut capture: SplitterCapture,
+    machine: MachineId,
+    name: &str,
+    boot: [u8; 16],
+) -> Engine<SplitterCapture> {
+    let mark = state.cleared_mark();
+    for disk in found {
+        if let Some(why) = &disk.doubt {
+            tracing::warn!(disk = disk.name, why, "the whole disk is compared");
+        }
+        if disk.doubt.is_some() || mark.is_damaged() {
+            capture.require_whole(disk.geometry.disk);
+        }
+    }
+    let sender = SenderConfig {
+        machine,
+        instance: InstanceId((&SystemEntropy as &dyn Entropy).bytes()),
+        boot,
+        vm_generation: [0; 16],
+        name: name.to_owned(),
+        hashes: OfferHashes::Plain,
+        rotate_every_ns: config.rotate_every_ms * 1_000_000,
+        proof_every_ns: config.proof_every_ms * 1_000_000,
+        heal_chunk_bytes: config.heal_chunk_bytes,
+    };
+    Engine::new(capture, sender, options.clock.clone(), None, Box::new(mark))
+}
+
+fn uplink(identity: LinkIdentity, addresses: Vec<String>, clock: Arc<dyn Clock>) -> Result<Uplink, Problem> {
+    let runtime = LinkRuntime::new(LINK_THREADS)
+        .map_err(|error| Problem::caused("the agent cannot start", &error, "raise the limit of threads"))?;
+    let trust = Trust::new(identity.authority.clone(), clock.clone(), DenyList::default());
+    let connector = Connector::new(runtime, identity, trust, clock.clone());
+    Ok(Uplink::new(connector, addresses, clock))
+}
+
+fn serve_disks(
+    config: &AgentConfig,
+    found: &[FoundDisk],
+    shared: &Arc<Shared>,
+) -> Result<Vec<std::net::SocketAddr>, Problem> {
+    let exports = ExportTable::new();
+    for disk in found {
+        let device = shared.splitter.disk(disk.geometry.disk).expect("every disk found was opened");
+        let export = DeviceExport::new(Arc::new(device)).described(format!("{} ({})", disk.name, disk.geometry.path));
+        exports.insert(&disk.export, Arc::new(export));
+    }
+    let mut listen = vec![Listen::Unix(config.nbd_socket())];
+    listen.extend(config.nbd_tcp.map(Listen::Tcp));
+    let handle = Server::start(Arc::new(exports), ServerOptions::default(), &listen).map_err(|error| {
+        Problem::caused("the disks cannot be served", &error, "change nbd_socket or nbd_tcp, or end who listens there")
+    })?;
+    let tcp = handle.tcp_addresses();
+    shared.status().nbd.tcp = tcp.iter().map(ToString::to_string).collect();
+    *lock(&shared.nbd) = Some(handle);
+    Ok(tcp)
+}
+
+fn first_status(config: &AgentConfig, machine: MachineId, name: &str, found: &[FoundDisk]) -> AgentStatus {
+    let disk = |disk: &FoundDisk| DiskStatus {
+        disk: disk.geometry.disk.0,
+        name: disk.name.clone(),
+        path: disk.geometry.path.clone(),
+        serial: disk.geometry.identity.serial.clone(),
+        size_bytes: disk.geometry.size_bytes,
+        export: disk.export.clone(),
+    };
+    AgentStatus {
+        format: STATUS_FORMAT,
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        pid: std::process::id(),
+        uptime_s: 0,
+        machine: machine.to_string(),
+        machine_name: name.to_owned(),
+        state: ProtectionState::Starting,
+        state_for_s: 0,
+        reason: String::new(),
+        link: LinkStatus::default(),
+        watermarks: Watermarks::default(),
+        ring: RingStatus { used_bytes: 0, max_bytes: config.ring_bytes_max },
+        heal: HealStatus::default(),
+        writes: WriteStatus::default(),
+        disks: found.iter().map(disk).collect(),
+        nbd: NbdStatus { socket: socket_text(config.nbd_socket()), ..NbdStatus::default() },
+    }
+}
+
+fn socket_text(path: PathBuf) -> String {
+    path.display().to_string()
+}
+
+fn maps_problem(error: MapStoreError) -> Problem {
+    Problem::caused(
+        "the dirty maps cannot be used",
+        &error,
+        "stop the other agent, or make the state directory writable",
+    )
+}
+
+/// Tries again for a moment: a predecessor that was just killed may not have let go yet.
+fn patiently<T, E>(mut attempt: impl FnMut() -> Result<T, E>) -> Result<T, E> {
+    let attempts = PREDECESSOR_WAIT.as_millis() / PREDECESSOR_POLL.as_millis();
+    for _ in 0..attempts {
+        match attempt() {
+            Ok(value) => return Ok(value),
+            Err(_) => thread::sleep(PREDECESSOR_POLL),
+        }
+    }
+    attempt()
+}

@@ -1,0 +1,357 @@
+//! The state directory: who this agent is, which disks it knows, and on which commit its maps rest.
+//!
+//! ```text
+//! identity          key and certificate (link), owner only
+//! enrolment         machine name and server addresses of the join
+//! disks             numbers of the disks, assigned once
+//! cleared           the newest commit on which maps were cleared
+//! maps, maps.lock   dirty maps (docs/formats/dirty-maps.md)
+//! agent.lock        held by the running agent
+//! control.sock, nbd.sock
+//! ```
+//!
+//! Small records are text (docs/formats/agent-state.md): a line with magic, kind, version and checksum, then JSON. Each is
+//! replaced atomically and durably; a crash leaves the old one or the new.
+
+use std::fs::{DirBuilder, File, OpenOptions};
+use std::io;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use link::{JoinError, JoinPlan, JoinToken, LinkIdentity, LinkRuntime, Role};
+use replication::{ChainId, SequenceNumber};
+use rustix::fs::FlockOperation;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use world::{Clock, Files, RealFiles, SystemEntropy, durable};
+
+use crate::engine::ClearedMark;
+use crate::service::problem::{Problem, chain};
+
+const IDENTITY: &str = "identity";
+const ENROLMENT: &str = "enrolment";
+const CLEARED: &str = "cleared";
+const LOCK: &str = "agent.lock";
+/// The name of the map file.
+pub(crate) const MAPS: &str = "maps";
+const MAGIC: &str = "farshore-agent";
+const VERSION: u32 = 1;
+/// Largest record in bytes.
+const RECORD_BYTES_MAX: u64 = 1 << 20;
+
+/// What is known from the join besides the identity.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Enrolment {
+    /// The machine's name, for people.
+    pub machine_name: String,
+    /// Where the process server may be reached.
+    pub server_addresses: Vec<String>,
+}
+
+/// Why a small record cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum RecordError {
+    /// It cannot be read.
+    #[error("it cannot be read")]
+    Unreadable(#[source] io::Error),
+    /// It is damaged, or of a version this program does not know.
+    #[error("it is damaged or of another version")]
+    Damaged,
+}
+
+/// The agent's directory.
+#[derive(Debug, Clone)]
+pub struct StateDir {
+    path: PathBuf,
+    files: RealFiles,
+}
+
+impl StateDir {
+    /// The directory at `path`, created for its owner only if it does not exist.
+    ///
+    /// # Errors
+    /// It cannot be created.
+    pub fn open(path: &Path) -> Result<StateDir, Problem> {
+        DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(|error| {
+            Problem::caused(
+                format!("the state directory {} cannot be created", path.display()),
+                &error,
+                "run as the user it belongs to, or name another with --state-dir",
+            )
+        })?;
+        Ok(StateDir { path: path.to_owned(), files: RealFiles::new(path) })
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Keeps a second agent off this directory for as long as the result lives.
+    ///
+    /// # Errors
+    /// Another agent runs here, or the file system does not lock.
+    pub fn lock(&self) -> Result<File, Problem> {
+        let path = self.path.join(LOCK);
+        let what = format!("the state directory {} cannot be locked", self.path.display());
+        let file = OpenOptions::new()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .open(&path)
+            .map_err(|error| Problem::caused(&what, &error, "run as the user it belongs to"))?;
+        match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => Ok(file),
+            Err(rustix::io::Errno::WOULDBLOCK) => Err(Problem::failed(
+                what,
+                "another agent runs on it",
+                "stop that agent, or use a state directory of its own for each machine",
+            )),
+            Err(error) => Err(Problem::caused(what, &error, "use a local file system that supports locks")),
+        }
+    }
+
+    /// The identity, if this machine has joined.
+    ///
+    /// # Errors
+    /// It is there but cannot be used.
+    pub fn identity(&self) -> Result<Option<LinkIdentity>, Problem> {
+        let identity = LinkIdentity::load(&self.files, IDENTITY).map_err(|error| {
+            Problem::caused(
+                "this machine's identity cannot be used",
+                &error,
+                "restore it, or join again with a new token",
+            )
+        })?;
+        match identity {
+            Some(identity) if identity.peer.role != Role::Agent => Err(Problem::failed(
+                "this machine's identity cannot be used",
+                format!("it is that of a {}", identity.peer.role),
+                "order a token for an agent and join into another state directory",
+            )),
+            other => Ok(other),
+        }
+    }
+
+    /// The identity of a machine that has joined.
+    ///
+    /// # Errors
+    /// It has not joined, or the identity cannot be used.
+    pub fn joined_identity(&self) -> Result<LinkIdentity, Problem> {
+        self.identity()?.ok_or_else(|| {
+            Problem::failed(
+                "this machine has not joined a process server",
+                format!("{} holds no identity", self.path.display()),
+                "order a token at the server, then run `farshore-agent join --token TOKEN --state-dir DIR`",
+            )
+        })
+    }
+
+    /// Enrols this machine. What was obtained is durable on return.
+    ///
+    /// # Errors
+    /// The token, the server or the directory, with what to do. May be repeated.
+    pub fn join(
+        &self,
+        runtime: &LinkRuntime,
+        clock: Arc<dyn Clock>,
+        token: &JoinToken,
+        machine_name: &str,
+        addresses: &[String],
+    ) -> Result<LinkIdentity, Problem> {
+        if token.role != Role::Agent {
+            return Err(Problem::usage(
+                "the token is not for an agent",
+                format!("it enrols a {}", token.role),
+                "order a token for an agent",
+            ));
+        }
+        let mut servers = addresses.to_vec();
+        servers.extend(token.addresses.iter().filter(|address| !addresses.contains(address)).cloned());
+        let enrolment = Enrolment { machine_name: machine_name.to_owned(), server_addresses: servers };
+        // Before the identity, whose presence says that the join is done.
+        if self.identity()?.is_none() {
+            self.write(ENROLMENT, &enrolment)
+                .map_err(|error| Problem::caused("the join cannot be recorded", &error, "make room, then repeat it"))?;
+        }
+        let plan = JoinPlan { files: &self.files, path: IDENTITY, clock, entropy: &SystemEntropy, addresses };
+        link::join(runtime, &plan, token).map_err(join_problem)
+    }
+
+    /// What is known from the join; empty if that is lost.
+    pub fn enrolment(&self) -> Enrolment {
+        match self.read(ENROLMENT) {
+            Ok(Some(enrolment)) => enrolment,
+            Ok(None) => Enrolment { machine_name: String::new(), server_addresses: Vec::new() },
+            Err(error) => {
+                tracing::warn!(error = chain(&error), "the record of the join is ignored");
+                Enrolment { machine_name: String::new(), server_addresses: Vec::new() }
+            }
+        }
+    }
+
+    /// The mark of the newest commit on which maps were cleared.
+    pub fn cleared_mark(&self) -> FileClearedMark {
+        let found = self
+            .read::<Cleared>(CLEARED)
+            .and_then(|found| found.map(|found| found.parse().ok_or(RecordError::Damaged)).transpose());
+        let damaged = match &found {
+            Ok(_) => false,
+            Err(error) => {
+                tracing::warn!(error = chain(error), "the mark of the newest commit is lost: all disks are compared");
+                true
+            }
+        };
+        FileClearedMark { state: self.clone(), mark: found.unwrap_or_default(), damaged }
+    }
+
+    /// Makes `value` the record `name`, durable on return.
+    pub(crate) fn write<T: Serialize>(&self, name: &str, value: &T) -> io::Result<()> {
+        let json = serde_json::to_string_pretty(value).map_err(io::Error::other)?;
+        let checksum = blake3::hash(json.as_bytes()).to_hex();
+        let text = format!("{MAGIC} {name} {VERSION} {checksum}\n{json}\n");
+        durable::replace(&self.files, name, text.as_bytes(), "new")
+    }
+
+    /// The record `name`, if there is one.
+    pub(crate) fn read<T: DeserializeOwned>(&self, name: &str) -> Result<Option<T>, RecordError> {
+        match self.files.len(name) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(RecordError::Unreadable(error)),
+            Ok(len) if len > RECORD_BYTES_MAX => return Err(RecordError::Damaged),
+            Ok(_) => {}
+        }
+        let bytes = self.files.read(name).map_err(RecordError::Unreadable)?;
+        let text = std::str::from_utf8(&bytes).map_err(|_| RecordError::Damaged)?;
+        let (head, json) = text.split_once('\n').ok_or(RecordError::Damaged)?;
+        let json = json.strip_suffix('\n').ok_or(RecordError::Damaged)?;
+        let checksum = blake3::hash(json.as_bytes()).to_hex();
+        if head != format!("{MAGIC} {name} {VERSION} {checksum}") {
+            return Err(RecordError::Damaged);
+        }
+        serde_json::from_str(json).map(Some).map_err(|_| RecordError::Damaged)
+    }
+}
+
+fn join_problem(error: JoinError) -> Problem {
+    let why = chain(&error);
+    let what = "this machine could not be enrolled";
+    match error {
+        JoinError::AlreadyJoined(identity) => Problem::new(
+            crate::service::problem::ProblemKind::AlreadySo,
+            "this machine is enrolled already",
+            format!("it is {}", identity.peer),
+            "to enrol it as another machine, use another state directory",
+        ),
+        JoinError::Refused(_) => Problem::failed(what, why, "if the reason persists, order a new token at the server"),
+        JoinError::Link(_) => {
+            Problem::failed(what, why, "check the address and the network, then repeat with the same token")
+        }
+        JoinError::NoAddress => Problem::usage(what, why, "name the server with --server HOST:PORT"),
+        JoinError::Identity(_) => Problem::failed(what, why, "make the state directory writable, then repeat"),
+        JoinError::BadAnswer(_) => Problem::failed(what, why, "use the same version on both machines"),
+    }
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Cleared {
+    chain: String,
+    committed: String,
+}
+
+impl Cleared {
+    fn parse(&self) -> Option<(ChainId, SequenceNumber)> {
+        Some((self.chain.parse().ok()?, self.committed.parse().ok()?))
+    }
+}
+
+/// The cleared mark in the state directory.
+pub struct FileClearedMark {
+    state: StateDir,
+    mark: Option<(ChainId, SequenceNumber)>,
+    damaged: bool,
+}
+
+impl FileClearedMark {
+    /// Whether there was a mark that cannot be used. Then the vault may be behind what was once committed without
+    /// anybody noticing, and only a comparison of whole disks will do.
+    pub fn is_damaged(&self) -> bool {
+        self.damaged
+    }
+}
+
+impl ClearedMark for FileClearedMark {
+    fn load(&self) -> Option<(ChainId, SequenceNumber)> {
+        self.mark
+    }
+
+    fn store(&mut self, chain: ChainId, committed: SequenceNumber) -> io::Result<()> {
+        if self.mark == Some((chain, committed)) {
+            return Ok(());
+        }
+        self.state.write(CLEARED, &Cleared { chain: chain.to_string(), committed: committed.to_string() })?;
+        self.mark = Some((chain, committed));
+        Ok(())
+    }
+}
+
+/// The kernel's id of this boot.
+///
+/// # Errors
+/// The kernel does not tell it.
+pub fn boot_id() -> Result<[u8; 16], Problem> {
+    let path = "/proc/sys/kernel/random/boot_id";
+    let problem = |why: String| Problem::failed("the kernel does not tell the id of this boot", why, "mount /proc");
+    let text = std::fs::read_to_string(path).map_err(|error| problem(format!("{path}: {error}")))?;
+    let digits: String = text.trim().chars().filter(|digit| *digit != '-').collect();
+    let id: replication::MachineId = digits.parse().map_err(|_| problem(format!("{path} holds `{}`", text.trim())))?;
+    Ok(id.0)
+}
+
+/// The host's name.
+pub fn host_name() -> String {
+    rustix::system::uname().nodename().to_string_lossy().into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn records_come_back_or_are_told_to_be_damaged() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let state = StateDir::open(folder.path()).expect("opens");
+        let (chain, committed) = (ChainId([7; 16]), SequenceNumber(5 << 44 | 9));
+        assert_eq!(state.cleared_mark().load(), None);
+        state.cleared_mark().store(chain, committed).expect("stored");
+        assert_eq!(state.cleared_mark().load(), Some((chain, committed)));
+
+        let path = folder.path().join(CLEARED);
+        let text = std::fs::read(&path).expect("readable");
+        for at in 0..text.len() {
+            let mut damaged = text.clone();
+            damaged[at] ^= 1;
+            std::fs::write(&path, &damaged).expect("writable");
+            let mark = state.cleared_mark();
+            assert!(mark.is_damaged() && mark.load().is_none(), "byte {at}");
+            std::fs::write(&path, &text[..at]).expect("writable");
+            assert!(state.cleared_mark().is_damaged(), "cut at {at}");
+        }
+    }
+
+    #[test]
+    fn one_agent_at_a_time() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let state = StateDir::open(&folder.path().join("deep/er")).expect("created");
+        let first = state.lock().expect("free");
+        assert!(state.lock().expect_err("taken").why.contains("another agent"));
+        drop(first);
+        state.lock().expect("free again");
+        assert!(state.joined_identity().expect_err("not joined").advice.contains("join"));
+        assert_ne!(boot_id().expect("linux"), [0; 16]);
+        assert_eq!(boot_id().expect("linux"), boot_id().expect("linux"));
+    }
+}
