@@ -1,0 +1,130 @@
+//! `farshore-agent check`: everything that `run` needs, looked at without changing anything.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use agent::config::AgentConfig;
+use agent::disks::{self, DiskRegister, FoundDisk};
+use agent::service::problem::{Problem, chain};
+use agent::state::StateDir;
+use link::{Connector, DenyList, Expected, LinkIdentity, LinkRuntime, Role, Trust};
+use serde::Serialize;
+use world::{Access, Clock, SystemClock};
+
+use crate::output::{Output, bytes};
+
+/// One thing that was looked at.
+#[derive(Serialize)]
+struct Finding {
+    subject: String,
+    ok: bool,
+    detail: String,
+}
+
+pub(crate) fn check(path: &Path, output: &Output) -> Result<(), Vec<Problem>> {
+    let config = AgentConfig::load(path).map_err(|problem| vec![problem])?;
+    let mut findings = Vec::new();
+    let mut problems = Vec::new();
+    findings.push(finding("configuration", path.display().to_string()));
+    if config.state_dir.is_dir() {
+        let state = StateDir::open(&config.state_dir).map_err(|problem| vec![problem])?;
+        check_disks(&config, &state, &mut findings, &mut problems);
+        check_server(&config, &state, &mut findings, &mut problems);
+    } else {
+        problems.push(Problem::failed(
+            "this machine has not joined a process server",
+            format!("there is no directory {}", config.state_dir.display()),
+            "order a token at the server, then run `farshore-agent join --token TOKEN --state-dir DIR`",
+        ));
+    }
+    for problem in &problems {
+        findings.push(Finding { subject: problem.what.clone(), ok: false, detail: problem.why.clone() });
+    }
+    let lines: Vec<String> = findings
+        .iter()
+        .filter(|finding| finding.ok)
+        .map(|finding| format!("ok  {:<14} {}", finding.subject, finding.detail))
+        .collect();
+    output.data(&findings, lines.join("\n"));
+    if problems.is_empty() { Ok(()) } else { Err(problems) }
+}
+
+fn finding(subject: impl Into<String>, detail: impl Into<String>) -> Finding {
+    Finding { subject: subject.into(), ok: true, detail: detail.into() }
+}
+
+fn check_disks(config: &AgentConfig, state: &StateDir, findings: &mut Vec<Finding>, problems: &mut Vec<Problem>) {
+    let found = DiskRegister::load(state)
+        .map_err(|problem| vec![problem])
+        .and_then(|mut register| disks::find(&config.disks, Access::ReadOnly, &mut register, &[]));
+    match found {
+        Ok(found) => findings.extend(found.iter().map(describe)),
+        Err(found) => problems.extend(found),
+    }
+}
+
+fn describe(disk: &FoundDisk) -> Finding {
+    let doubt = disk.doubt.as_ref().map(|why| format!("; will be compared as a whole: {why}")).unwrap_or_default();
+    let geometry = &disk.geometry;
+    let detail =
+        format!("{}, {}, serial {}{doubt}", geometry.path, bytes(geometry.size_bytes), geometry.identity.serial);
+    finding(format!("disk {}", disk.name), detail)
+}
+
+fn check_server(config: &AgentConfig, state: &StateDir, findings: &mut Vec<Finding>, problems: &mut Vec<Problem>) {
+    let identity = match state.joined_identity() {
+        Ok(identity) => identity,
+        Err(problem) => return problems.push(problem),
+    };
+    findings.push(finding("identity", identity.peer.to_string()));
+    let addresses = match config.server_addresses.as_slice() {
+        [] => state.enrolment().server_addresses,
+        configured => configured.to_vec(),
+    };
+    let failures = match reach(identity, &addresses) {
+        Ok((reached, failures)) => {
+            findings.extend(reached);
+            failures
+        }
+        Err(problem) => return problems.push(problem),
+    };
+    // One reachable server is enough to run; the others are told as well.
+    problems.extend(failures);
+    if addresses.is_empty() {
+        problems.push(Problem::usage(
+            "no process server is known",
+            "neither the configuration nor the join token named one",
+            "set server_addresses in the configuration",
+        ));
+    }
+}
+
+fn reach(identity: LinkIdentity, addresses: &[String]) -> Result<(Vec<Finding>, Vec<Problem>), Problem> {
+    let runtime = LinkRuntime::new(1)
+        .map_err(|error| Problem::caused("the server cannot be reached", &error, "raise the limit of threads"))?;
+    let clock: Arc<dyn Clock> = Arc::new(SystemClock);
+    let trust = Trust::new(identity.authority.clone(), clock.clone(), DenyList::default());
+    let connector = Connector::new(runtime, identity, trust, clock);
+    let (mut reached, mut failures) = (Vec::new(), Vec::new());
+    for address in addresses {
+        match connector.connect(address, &Expected { role: Role::ProcessServer, id: None }) {
+            Ok(connection) => {
+                reached
+                    .push(finding("server", format!("{address}, {}, both certificates accepted", connection.peer())));
+            }
+            Err(error) => {
+                let advice = if error.is_transient() {
+                    "start the server, or correct its address or the firewall"
+                } else {
+                    "the address may be another installation's; otherwise join again with a new token"
+                };
+                failures.push(Problem::failed(
+                    format!("the process server {address} does not accept this machine"),
+                    chain(&error),
+                    advice,
+                ));
+            }
+        }
+    }
+    Ok((reached, failures))
+}
