@@ -183,6 +183,8 @@ pub struct Pipeline {
     loaded: SequenceNumber,
     /// Cuts of changes up to here are not known yet: a restart found them in the journal.
     replay_through: SequenceNumber,
+    /// When the gaps opened that the vault knew at the start.
+    known_gaps: Vec<PointTime>,
     /// Newest journaled change and the stream's hash there, if it is known.
     stream: Option<(SequenceNumber, replication::StreamHash)>,
     proven: PointTime,
@@ -321,10 +323,12 @@ impl Pipeline {
             for item in items {
                 match item {
                     ReadBack::Changes(changes) => self.load(changes),
-                    ReadBack::Gap(note) if self.loaded < self.replay_through => match note {
-                        Some(GapNote { at, time, cause }) => self.open_gap(at, time, cause),
-                        None => {}
-                    },
+                    // A gap whose opening is in the vault is as open as the vault says.
+                    ReadBack::Gap(Some(GapNote { at, time, cause }))
+                        if self.loaded < self.replay_through && !self.known_gaps.contains(&time) =>
+                    {
+                        self.open_gap(at, time, cause);
+                    }
                     ReadBack::Gap(_) => {}
                 }
             }

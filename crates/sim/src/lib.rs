@@ -7,7 +7,12 @@
 pub mod clock;
 pub mod disk;
 pub mod files;
+pub mod life;
 pub mod link;
 pub mod model;
+pub mod planted;
 pub mod rng;
+pub mod server;
 pub mod source;
+pub mod spoiled;
+pub mod store;

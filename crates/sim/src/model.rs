@@ -106,6 +106,11 @@ impl Model {
         self.now
     }
 
+    /// How often the machine has lost its past.
+    pub fn incarnations(&self) -> u32 {
+        self.incarnation
+    }
+
     /// Requests submitted so far.
     pub fn requests(&self) -> u64 {
         self.requests

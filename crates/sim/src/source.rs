@@ -4,9 +4,10 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::planted::Bug;
+use crate::spoiled::SpoiledCapture;
 use agent::capture::mapfile::MemoryMapStore;
 use agent::capture::splitter::{ProtectedDisk, Splitter, SplitterConfig};
-use agent::capture::{MapStore, SplitterCapture};
 use agent::engine::{ClearedMark, Engine, Step};
 use replication::sender::SenderConfig;
 use replication::wire::OfferHashes;
@@ -46,7 +47,7 @@ impl ClearedMark for SharedMark {
 
 struct Running {
     splitter: Splitter,
-    engine: Engine<SplitterCapture>,
+    engine: Engine<SpoiledCapture>,
 }
 
 /// See the module's documentation.
@@ -64,13 +65,15 @@ pub struct Source {
     boot: [u8; 16],
     running: Option<Running>,
     link: Option<LinkEnd>,
+    broken: Option<u64>,
     time: TrueTime,
     rng: Rng,
+    bug: Option<Bug>,
 }
 
 impl Source {
     /// A machine with empty disks that boots now, its agent not yet running.
-    pub fn new(shape: SourceShape, time: &TrueTime, mut rng: Rng) -> Source {
+    pub fn new(shape: SourceShape, time: &TrueTime, mut rng: Rng, bug: Option<Bug>) -> Source {
         let mut machine = [0; 16];
         rng.fill(&mut machine);
         let disks: Vec<_> = shape
@@ -103,8 +106,10 @@ impl Source {
             boot,
             running: None,
             link: None,
+            broken: None,
             time: time.clone(),
             rng,
+            bug,
         }
     }
 
@@ -132,7 +137,13 @@ impl Source {
             proof_every_ns: 500_000_000,
             heal_chunk_bytes: 64 * 1024,
         };
-        let engine = Engine::new(capture, config, Arc::new(self.clock.clone()), None, Box::new(self.mark.clone()));
+        let engine = Engine::new(
+            SpoiledCapture::new(capture, self.bug),
+            config,
+            Arc::new(self.clock.clone()),
+            None,
+            Box::new(self.mark.clone()),
+        );
         self.running = Some(Running { splitter, engine });
     }
 
@@ -172,7 +183,9 @@ impl Source {
     fn new_boot(&mut self) {
         // The map file lies on a disk that was not synced: after a crash it may be old. Its boot id tells.
         self.clock.reboot();
-        self.rng.fill(&mut self.boot);
+        if self.bug != Some(Bug::RebootIgnored) {
+            self.rng.fill(&mut self.boot);
+        }
         let disks = self.disks.iter().map(|(geometry, disk)| (geometry.disk, disk.contents())).collect();
         self.model.reset(disks, self.time.now());
     }
@@ -229,7 +242,7 @@ impl Source {
     }
 
     /// The engine, for assertions.
-    pub fn engine(&self) -> Option<&Engine<SplitterCapture>> {
+    pub fn engine(&self) -> Option<&Engine<SpoiledCapture>> {
         self.running.as_ref().map(|running| &running.engine)
     }
 
@@ -266,15 +279,37 @@ impl Source {
         self.running.as_mut().is_some_and(|running| running.engine.capture().mark(MarkerKind::Crash, name))
     }
 
-    /// The next `count` writes to disk 0 fail. The model is reset afterwards by the caller with [`Source::relearn`].
-    pub fn fail_writes(&mut self, count: u32) {
-        self.disks[0].1.fail_writes(count);
-    }
-
-    /// Tells the model what the disks really hold, after faults that the workload cannot know the effect of.
-    pub fn relearn(&mut self) {
+    /// One request fails half-way. The model learns what the disks hold now; what the range was meant to hold is no
+    /// longer anybody's promise.
+    pub fn fail_a_write(&mut self) {
+        self.disks.iter().for_each(|(_, disk)| disk.fail_writes(1));
+        self.write_something();
+        self.disks.iter().for_each(|(_, disk)| disk.fail_writes(0));
         let disks = self.disks.iter().map(|(geometry, disk)| (geometry.disk, disk.contents())).collect();
         self.model.reset(disks, self.time.now());
+    }
+
+    /// A sector of disk 0 cannot be read until it is written again, which happens at once, as a disk's own remapping
+    /// would.
+    pub fn break_sector(&mut self) {
+        let sectors = self.shape.disk_bytes[0] / 512;
+        let offset = self.rng.below(sectors) * 512;
+        self.disks[0].1.break_sector(offset);
+        self.broken = Some(offset);
+    }
+
+    /// Writes the broken sector, if there is one, through the splitter.
+    pub fn mend_sector(&mut self) {
+        let (Some(offset), Some(running)) = (self.broken.take(), &self.running) else { return };
+        let (disk, data) = (self.disks[0].0.disk, [0x5a; 512]);
+        let splitter = running.splitter.disk(disk).expect("a protected disk");
+        drop(splitter.write_at(offset, &data));
+        self.model.wrote(disk, offset, &data, self.time.now());
+    }
+
+    /// The disks and their sizes.
+    pub fn sizes(&self) -> impl Iterator<Item = (DiskId, u64)> {
+        self.disks.iter().map(|(geometry, _)| (geometry.disk, geometry.size_bytes))
     }
 
     /// Ends the agent in order, as a clean shutdown does.

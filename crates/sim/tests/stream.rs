@@ -311,7 +311,7 @@ fn run(seed: u64) -> Tally {
         ring_bytes: 48 * 1024,
         write_bytes_max: 12 * 1024,
     };
-    let mut source = Source::new(shape.clone(), &time, rng.fork());
+    let mut source = Source::new(shape.clone(), &time, rng.fork(), None);
     let mut server = PlainServer::new(&time, shape.disk_bytes.clone());
     source.start_agent();
     let mut faults = [0; 5];

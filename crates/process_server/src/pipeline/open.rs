@@ -120,6 +120,7 @@ impl Pipeline {
         let writer = ChainWriter::open_generation(store, session, keys, &history, reason, delta)?;
         let mut pipeline = Pipeline::around(services, machine, writer, history.layers(), below);
         pipeline.open_gap = open_gap_after;
+        pipeline.known_gaps = history.gaps().iter().map(|gap| gap.time).collect();
         pipeline.geometries = history.geometry_at(SequenceNumber(u64::MAX));
         pipeline.last_point = history.proven_through.max(history.last_cut().map_or(PointTime(0), |(_, time)| time));
         match own {
@@ -160,6 +161,7 @@ impl Pipeline {
             journaled: through,
             loaded: through,
             replay_through: SequenceNumber(0),
+            known_gaps: Vec::new(),
             stream: None,
             proven: writer.proven_through(),
             skew_ns: 0,

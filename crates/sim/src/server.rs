@@ -1,0 +1,389 @@
+//! A process server in the simulated world: the real ingest, journal and pipeline, stepped by hand.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::num::NonZeroUsize;
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::time::Duration;
+
+use agent::engine::Wire;
+use process_server::ingest::{ChangeLog, Ingest, Outcome, ReadBack, Work, read_back};
+use process_server::journal::thread::Completion;
+use process_server::journal::{ChainState, HostKey, Journal, JournalConfig, JournalError, Record};
+use process_server::pipeline::{Greeted, Pace, Pipeline, Services};
+use replication::receiver::Event;
+use replication::wire::{Hello, Message};
+use replication::{ChainId, InstanceId, MachineId, PointTime, SequenceNumber};
+use vault::keys::WriterSession;
+use vault::pack::load_dedup;
+use vault::view_source::{CacheBytes, FrameSource};
+use vault::{OpenKeys, Store, WriterKeys};
+use world::{Clock, Entropy};
+
+use crate::clock::{SimClock, TrueTime};
+use crate::files::{PowerCut, SimFiles};
+use crate::link::LinkEnd;
+use crate::planted::Bug;
+use crate::rng::{Rng, SimEntropy};
+
+/// The journal, synced when the world says so.
+struct SimLog {
+    journal: Mutex<Journal>,
+    waiting: Mutex<Vec<Completion>>,
+    bug: Option<Bug>,
+}
+
+impl SimLog {
+    fn sync(&self) {
+        let mut journal = self.journal.lock().unwrap_or_else(PoisonError::into_inner);
+        let result = journal.sync();
+        drop(journal);
+        let waiting = std::mem::take(&mut *self.waiting.lock().unwrap_or_else(PoisonError::into_inner));
+        match result {
+            Ok(position) => waiting.into_iter().for_each(|done| done(Ok(position))),
+            Err(error) => {
+                let error = Arc::new(error);
+                waiting.into_iter().for_each(|done| done(Err(Arc::clone(&error))));
+            }
+        }
+    }
+}
+
+impl ChangeLog for SimLog {
+    fn append(&self, record: Record, done: Completion) -> Result<(), JournalError> {
+        let position = self.journal.lock().unwrap_or_else(PoisonError::into_inner).append(&record)?;
+        if self.bug == Some(Bug::AckBeforeSync) {
+            done(Ok(position));
+        } else {
+            self.waiting.lock().unwrap_or_else(PoisonError::into_inner).push(done);
+        }
+        Ok(())
+    }
+
+    fn free_bytes(&self) -> u64 {
+        self.journal.lock().unwrap_or_else(PoisonError::into_inner).free_bytes()
+    }
+
+    fn read_back(&self, chain: ChainId, after: SequenceNumber, bytes_max: u64) -> Result<Vec<ReadBack>, JournalError> {
+        let reader = self.journal.lock().unwrap_or_else(PoisonError::into_inner).changes_of(chain).after(after);
+        read_back(&reader, bytes_max)
+    }
+}
+
+struct Running {
+    services: Services,
+    entropy: Arc<SimEntropy>,
+    log: Arc<SimLog>,
+    recovered: BTreeMap<ChainId, ChainState>,
+    node: Option<Node>,
+}
+
+/// One machine's ingest and pipeline.
+struct Node {
+    ingest: Ingest,
+    inbox: VecDeque<Work>,
+    pipeline: Option<Pipeline>,
+    link: Option<LinkEnd>,
+    instance: Option<InstanceId>,
+    greeting: Option<Hello>,
+}
+
+/// See the module's documentation.
+pub struct SimServer {
+    /// For messages.
+    pub name: &'static str,
+    machine: MachineId,
+    files: SimFiles,
+    store: Arc<dyn Store>,
+    keys: Vec<u8>,
+    clock: SimClock,
+    rng: Rng,
+    running: Option<Running>,
+    bug: Option<Bug>,
+    journal_bytes: u64,
+    /// Reasons for which pipelines ended, newest last.
+    pub ends: Vec<String>,
+    /// Reasons for which sessions were refused or closed by this side, newest last.
+    pub closed: Vec<String>,
+}
+
+impl SimServer {
+    /// A server with a right to write and an empty state directory, not running.
+    pub fn new(
+        name: &'static str,
+        machine: MachineId,
+        store: Arc<dyn Store>,
+        keys: &WriterKeys,
+        time: &TrueTime,
+        mut rng: Rng,
+        bug: Option<Bug>,
+        journal_bytes: u64,
+    ) -> SimServer {
+        SimServer {
+            name,
+            machine,
+            files: SimFiles::new(rng.next()),
+            store,
+            keys: keys.to_bytes().to_vec(),
+            clock: SimClock::booting_now(time),
+            rng,
+            running: None,
+            bug,
+            journal_bytes,
+            ends: Vec::new(),
+            closed: Vec::new(),
+        }
+    }
+
+    /// The server's clock, for skewing it.
+    pub fn clock(&self) -> &SimClock {
+        &self.clock
+    }
+
+    /// Whether its process runs.
+    pub fn is_running(&self) -> bool {
+        self.running.is_some()
+    }
+
+    /// Starts the process on whatever its disk holds.
+    pub fn start(&mut self) {
+        assert!(self.running.is_none(), "one process at a time");
+        // With this bug every run draws the same bytes: the same nonces under the same keys.
+        let seed = if self.bug == Some(Bug::NonceReuse) { Rng::new(1) } else { self.rng.fork() };
+        let entropy = Arc::new(SimEntropy::new(seed));
+        let dyn_entropy: Arc<dyn Entropy> = entropy.clone();
+        let clock: Arc<dyn Clock> = Arc::new(self.clock.clone());
+        let files: Arc<dyn world::Files> = Arc::new(self.files.clone());
+        let host = HostKey::load_or_create(&*files, "journal", &*dyn_entropy).expect("the state directory works");
+        let config = JournalConfig { bytes_max: self.journal_bytes, file_bytes_max: self.journal_bytes / 8 };
+        let (journal, recovered) =
+            Journal::open(Arc::clone(&files), Arc::clone(&dyn_entropy), "journal", config, &host)
+                .unwrap_or_else(|error| panic!("{}: the journal cannot be opened after a crash: {error}", self.name));
+        let log = Arc::new(SimLog { journal: Mutex::new(journal), waiting: Mutex::default(), bug: self.bug });
+        let keys = WriterKeys::from_bytes(&self.keys).expect("the keys were made by the vault");
+        let open = Arc::new(OpenKeys::of_writer(&keys));
+        let writer = keys.writer();
+        let dedup = load_dedup(&self.store, &open, writer, 1 << 16).expect("reads do not fail in this world");
+        let session =
+            WriterSession::new(keys, Arc::clone(&dyn_entropy), Arc::clone(&clock)).expect("the read key is sound");
+        let cache = CacheBytes { index: 1 << 20, data: 1 << 20, resolved: 1 << 20 };
+        let source = Arc::new(FrameSource::new(Arc::clone(&self.store), Arc::clone(&open), cache));
+        let pace = Pace {
+            seal_interval: Duration::from_secs(2),
+            seal_bytes: 96 << 10,
+            idle_interval: Duration::from_secs(5),
+            inline_bytes_max: 64 << 10,
+            image_cut_bytes: 128 << 10,
+            window_bytes: 64 << 10,
+            memory_bytes_max: 160 << 10,
+            workers: NonZeroUsize::MIN,
+            retry_pause: Duration::from_millis(300),
+        };
+        let services = Services {
+            store: Arc::clone(&self.store),
+            session: Arc::new(session),
+            keys: open,
+            dedup: Arc::new(RwLock::new(dedup.index)),
+            source,
+            log: log.clone(),
+            clock,
+            pace,
+        };
+        self.running = Some(Running { services, entropy, log, recovered: recovered.chains, node: None });
+    }
+
+    /// Kills the process. What the kernel was given stays.
+    pub fn kill(&mut self) {
+        self.hang_up();
+        self.running = None;
+        self.files.restart_process();
+    }
+
+    /// Cuts the power of the server's machine.
+    pub fn power_cut(&mut self) {
+        self.hang_up();
+        self.running = None;
+        let cut = match self.rng.below(3) {
+            0 => PowerCut::LoseAll,
+            1 => PowerCut::Prefix,
+            _ => PowerCut::Torn,
+        };
+        self.files.power_cycle(cut);
+    }
+
+    /// The server's disk is lost with everything but its right to write.
+    pub fn lose(&mut self) {
+        self.hang_up();
+        self.running = None;
+        self.files = SimFiles::new(self.rng.next());
+    }
+
+    fn hang_up(&mut self) {
+        if let Some(link) = self.running.as_mut().and_then(|running| running.node.as_mut()?.link.take()) {
+            link.sever();
+        }
+    }
+
+    /// An agent connects.
+    pub fn accept(&mut self, link: LinkEnd) {
+        self.hang_up();
+        let Some(running) = &mut self.running else { return link.sever() };
+        let node = running.node.get_or_insert_with(|| Node {
+            ingest: Ingest::new(
+                ChainId::default(),
+                running.log.clone(),
+                running.services.pace.window_bytes,
+                Arc::new(|| {}),
+            ),
+            inbox: VecDeque::new(),
+            pipeline: None,
+            link: None,
+            instance: None,
+            greeting: None,
+        });
+        let outcome = node.ingest.end();
+        node.inbox.extend(outcome.work);
+        node.greeting = None;
+        node.instance = None;
+        node.link = Some(link);
+    }
+
+    /// Lets the process work for a while.
+    pub fn step(&mut self) {
+        let bug = self.bug;
+        let wall = PointTime(self.clock.wall().0);
+        let Some(running) = &mut self.running else { return };
+        if self.rng.one_in(3) {
+            running.log.sync();
+        }
+        let Some(node) = &mut running.node else { return };
+        node.receive(wall, &mut self.closed);
+        let outcome = node.ingest.poll();
+        node.carry_out(outcome, &mut self.closed);
+        if node.pipeline.is_none() && node.greeting.is_some() {
+            let recovered = running.recovered.clone();
+            let opened = Pipeline::open(
+                running.services.clone(),
+                &*running.entropy,
+                self.machine,
+                node.greeting.as_ref(),
+                |chain| recovered.get(&chain).cloned(),
+            );
+            match opened {
+                Ok(pipeline) => node.pipeline = Some(pipeline),
+                Err(error) => {
+                    self.ends.push(format!("open: {error:?}"));
+                    node.drop_link();
+                }
+            }
+        }
+        if let Err(reason) = node.work(self.machine, bug, &mut self.closed) {
+            self.ends.push(reason);
+            node.drop_link();
+            running.node = None;
+        }
+    }
+}
+
+impl Node {
+    fn drop_link(&mut self) {
+        if let Some(link) = self.link.take() {
+            link.sever();
+        }
+        self.greeting = None;
+    }
+
+    fn receive(&mut self, wall: PointTime, closed: &mut Vec<String>) {
+        for _ in 0..64 {
+            let Some(link) = &mut self.link else { return };
+            match link.try_receive() {
+                Ok(Some(Message::Hello(hello))) => self.greeting = Some(hello),
+                Ok(Some(message)) => {
+                    let outcome = self.ingest.message(message, wall);
+                    self.carry_out(outcome, closed);
+                }
+                Ok(None) => return,
+                Err(_) => {
+                    self.link = None;
+                    let outcome = self.ingest.end();
+                    self.carry_out(outcome, closed);
+                }
+            }
+        }
+    }
+
+    fn carry_out(&mut self, outcome: Outcome, closed: &mut Vec<String>) {
+        self.inbox.extend(outcome.work);
+        if let Some(link) = &mut self.link {
+            for message in outcome.send {
+                let full = link.try_send(message);
+                assert!(!matches!(full, Ok(Some(_))), "answers are fewer than what asks for them");
+            }
+        }
+        if let Some(reason) = outcome.disconnect {
+            closed.push(reason);
+            self.drop_link();
+            let outcome = self.ingest.end();
+            self.inbox.extend(outcome.work);
+        }
+    }
+
+    fn work(&mut self, machine: MachineId, bug: Option<Bug>, closed: &mut Vec<String>) -> Result<(), String> {
+        let Some(mut pipeline) = self.pipeline.take() else { return Ok(()) };
+        let mut events = Vec::new();
+        while let Some(work) = self.inbox.pop_front() {
+            let Some(work) = spoil(work, bug, &mut events) else { continue };
+            events.extend(pipeline.work(work).map_err(|error| format!("work: {error:?}"))?);
+        }
+        events.extend(pipeline.step().map_err(|error| format!("step: {error:?}"))?);
+        for event in events {
+            let outcome = self.ingest.event(event);
+            self.carry_out(outcome, closed);
+        }
+        if self.greeting.is_some()
+            && self.ingest.is_idle()
+            && self.inbox.is_empty()
+            && pipeline.is_ready_to_greet()
+            && let Some(hello) = self.greeting.take()
+        {
+            let greeted =
+                pipeline.greet(&hello, machine, self.instance).map_err(|error| format!("greet: {error:?}"))?;
+            match greeted {
+                Greeted::Accepted(receiver, welcome) => {
+                    if let Some(link) = &mut self.link {
+                        let _ = link.try_send(welcome);
+                        self.instance = Some(hello.instance);
+                        self.ingest.begin(*receiver);
+                    }
+                }
+                Greeted::Refused(refusal) => {
+                    closed.push(format!("{refusal:?}"));
+                    self.drop_link();
+                }
+            }
+        }
+        self.pipeline = Some(pipeline);
+        Ok(())
+    }
+}
+
+/// Applies the planted bugs that sit between ingest and pipeline.
+fn spoil(work: Work, bug: Option<Bug>, events: &mut Vec<Event>) -> Option<Work> {
+    Some(match (work, bug) {
+        (Work::HealBegin { heal, p0, hashes, planned_bytes }, Some(Bug::HealBelowOlderWrites)) => {
+            Work::HealBegin { heal, p0: SequenceNumber(p0.0 - 40), hashes, planned_bytes }
+        }
+        (Work::HealBegin { heal, p0, hashes, planned_bytes }, Some(Bug::HealAboveStream)) => {
+            Work::HealBegin { heal, p0: SequenceNumber(p0.0 + 40), hashes, planned_bytes }
+        }
+        (Work::Cut(mut cut), Some(Bug::CutOneTooFar)) => {
+            cut.sequence = SequenceNumber(cut.sequence.0 - 1);
+            Work::Cut(cut)
+        }
+        (Work::GapOpened { .. }, Some(Bug::GapNotRecorded)) => return None,
+        (Work::Compare { heal, offer, leaves, .. }, Some(Bug::EverythingEqual)) => {
+            events.push(Event::Compared { heal, offer, wanted: vec![false; leaves.len()] });
+            return None;
+        }
+        (work, _) => work,
+    })
+}
