@@ -1,0 +1,9 @@
+//! The verbs, one file each.
+
+pub(crate) mod agent;
+pub(crate) mod branch;
+pub(crate) mod completion;
+pub(crate) mod config;
+pub(crate) mod server;
+pub(crate) mod token;
+pub(crate) mod vault;

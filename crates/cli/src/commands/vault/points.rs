@@ -1,0 +1,162 @@
+//! `farshore vault points`: the moments to which a machine can be recovered, and the gaps between them.
+
+use clap::Args;
+use replication::{Cut, CutKind, MarkerKind, PointTime};
+use serde_json::json;
+use vault::points::{Points as ChainPoints, Which};
+use vault::{Catalog, ChainHistory, Gap, GapScope, Moment};
+use world::WallTime;
+
+use crate::failure::{Done, usage};
+use crate::moment;
+use crate::output::{Output, Table, duration_ns};
+use crate::vault_access::{KeyOptions, VaultPlace, choose, find_or_only};
+
+/// Options of `vault points`.
+#[derive(Debug, Args)]
+pub(crate) struct Points {
+    /// Machine or branch; may be left out if the vault holds one machine
+    machine: Option<String>,
+    #[command(flatten)]
+    place: VaultPlace,
+    #[command(flatten)]
+    keys: KeyOptions,
+    /// Only points from this moment on: a time, or -90s before the newest
+    #[arg(long, value_name = "MOMENT", allow_hyphen_values = true)]
+    from: Option<String>,
+    /// Only points up to this moment
+    #[arg(long, value_name = "MOMENT", allow_hyphen_values = true)]
+    to: Option<String>,
+    /// At most this many, the newest
+    #[arg(long, value_name = "COUNT", default_value_t = 100)]
+    limit: usize,
+    /// Only named points
+    #[arg(long)]
+    markers: bool,
+    /// Only the point that this moment chooses, and why
+    #[arg(long, value_name = "MOMENT", allow_hyphen_values = true, conflicts_with_all = ["from", "to", "markers"])]
+    at: Option<String>,
+}
+
+impl Points {
+    pub(crate) fn run(&self, output: Output) -> Done {
+        let vault = self.place.unlock(&self.keys)?;
+        let (store, keys) = (vault.store(), vault.keys());
+        let catalog = Catalog::load(store, keys)?;
+        let named = find_or_only(store, &catalog, self.machine.as_deref())?;
+        if let Some(at) = &self.at {
+            let (history, point) = choose(store, keys, named.chain, &moment::parse(at)?)?;
+            let lacking: Vec<_> = point.lacking.iter().map(gap_object).collect();
+            let mut object = cut_object(&point.cut);
+            object["reason"] = json!(point.reason);
+            object["lacking"] = json!(lacking);
+            object["chain"] = json!(history.chain.to_string());
+            object["skew_ns"] = json!(history.skew_ns);
+            output.object(&object)?;
+            output.line(format!("@{}  {}", point.cut.sequence, WallTime(point.cut.time.0)))?;
+            output.line(&point.reason)?;
+            return point.lacking.iter().try_for_each(|gap| output.line(format!("lacking: {gap}")));
+        }
+        let history = ChainHistory::load(store, keys, named.chain)?;
+        let points = ChainPoints::new(store, keys, &history);
+        let newest = history.proven_through;
+        let from = self.from.as_deref().map_or(Ok(PointTime(0)), |text| limit_of(text, newest))?;
+        let to = self.to.as_deref().map_or(Ok(PointTime(u64::MAX)), |text| limit_of(text, newest))?;
+        let which = if self.markers { Which::Markers } else { Which::All };
+        let cuts = points.between(from, to, self.limit.max(1), which)?;
+        let shown_from = match cuts.first() {
+            Some(first) if cuts.len() >= self.limit => first.time,
+            _ => from,
+        };
+        let visible = |gap: &&Gap| gap.time <= to && gap.until.is_none_or(|(_, end)| end >= shown_from);
+        let gaps: Vec<&Gap> = points.gaps().iter().filter(visible).collect();
+        self.print(output, &history, &named.name, &cuts, &gaps)
+    }
+
+    fn print(&self, output: Output, history: &ChainHistory, name: &str, cuts: &[Cut], gaps: &[&Gap]) -> Done {
+        let mut table = Table::new(&["TIME", "POSITION", "POINT"]);
+        let mut gaps = gaps.iter().peekable();
+        for cut in cuts {
+            while let Some(gap) = gaps.next_if(|gap| gap.after < cut.sequence) {
+                gap_row(&mut table, gap);
+                output.object(&gap_object(gap))?;
+            }
+            table.row(vec![WallTime(cut.time.0).to_string(), format!("@{}", cut.sequence), kind(cut)]);
+            output.object(&cut_object(cut))?;
+        }
+        for gap in gaps {
+            gap_row(&mut table, gap);
+            output.object(&gap_object(gap))?;
+        }
+        output.table(&table)?;
+        let skew = duration_ns(history.skew_ns.unsigned_abs());
+        let direction = if history.skew_ns < 0 { "ahead of" } else { "behind" };
+        output.remark(format!(
+            "{name} is current to {}; its clock is {skew} {direction} the server's",
+            WallTime(history.proven_through.0)
+        ))?;
+        match cuts.len() >= self.limit {
+            true => output.remark(format!("the newest {} points; more with --limit, --from and --to", cuts.len())),
+            false => Ok(()),
+        }
+    }
+}
+
+/// A bound of the list: a time, or a way back from the newest moment.
+fn limit_of(text: &str, newest: PointTime) -> Done<PointTime> {
+    match moment::parse(text)? {
+        Moment::At(time) => Ok(time),
+        Moment::Back(seconds) => Ok(PointTime(newest.0.saturating_sub(seconds.saturating_mul(1_000_000_000)))),
+        Moment::Latest => Ok(newest),
+        _ => Err(usage(
+            format!("{text:?} is no bound of a list"),
+            "points are listed by time",
+            "write \"2026-11-22 14:03:07\" (UTC) or -90s",
+        )),
+    }
+}
+
+fn kind(cut: &Cut) -> String {
+    match &cut.kind {
+        CutKind::Second => "second".to_owned(),
+        CutKind::Marker { kind, name } => format!("{name:?}, {}", promise(kind)),
+        CutKind::HealEnd => "end of a heal".to_owned(),
+        CutKind::GenerationEnd => "last before a break or a change of writer".to_owned(),
+    }
+}
+
+fn promise(kind: &MarkerKind) -> &'static str {
+    match kind {
+        MarkerKind::Crash => "crash-consistent",
+        MarkerKind::Application => "application-consistent",
+        MarkerKind::Final => "final, nothing in flight",
+    }
+}
+
+fn gap_row(table: &mut Table, gap: &Gap) {
+    let lasted =
+        gap.until.map_or(String::new(), |(_, end)| format!(", {}", duration_ns(end.0.saturating_sub(gap.time.0))));
+    table.across(format!("  ── gap: {gap}{lasted}"));
+}
+
+fn cut_object(cut: &Cut) -> serde_json::Value {
+    let (kind, name, promise) = match &cut.kind {
+        CutKind::Second => ("second", None, None),
+        CutKind::Marker { kind, name } => ("marker", Some(name), Some(promise(kind))),
+        CutKind::HealEnd => ("heal-end", None, None),
+        CutKind::GenerationEnd => ("generation-end", None, None),
+    };
+    json!({
+        "type": "point", "sequence": cut.sequence.to_string(), "time": WallTime(cut.time.0).to_string(),
+        "time_ns": cut.time.0, "kind": kind, "marker": name, "consistency": promise,
+    })
+}
+
+fn gap_object(gap: &Gap) -> serde_json::Value {
+    json!({
+        "type": "gap", "after": gap.after.to_string(), "from": WallTime(gap.time.0).to_string(), "from_ns": gap.time.0,
+        "until": gap.until.map(|(_, time)| WallTime(time.0).to_string()),
+        "until_ns": gap.until.map(|(_, time)| time.0), "until_sequence": gap.until.map(|(at, _)| at.to_string()),
+        "whole_machine": gap.scope == GapScope::Machine, "scope": gap.scope.to_string(), "cause": gap.cause,
+    })
+}

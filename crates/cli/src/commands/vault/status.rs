@@ -1,0 +1,86 @@
+//! `farshore vault status`: what the vault is; with a key, how current each machine is.
+
+use clap::Args;
+use serde_json::json;
+use vault::chain::Alarm;
+use vault::{Catalog, ChainHistory};
+use world::{Clock, SystemClock, WallTime};
+
+use crate::failure::Done;
+use crate::output::{Output, duration_ns};
+use crate::vault_access::{KeyOptions, VaultPlace};
+
+/// Options of `vault status`.
+#[derive(Debug, Args)]
+pub(crate) struct Status {
+    #[command(flatten)]
+    place: VaultPlace,
+    #[command(flatten)]
+    keys: KeyOptions,
+}
+
+impl Status {
+    pub(crate) fn run(&self, output: Output) -> Done {
+        let vault = self.place.open()?;
+        let place = vault.store().describe();
+        let created = WallTime::from_seconds(vault.created_seconds());
+        let unlocked = self.keys.unlock_if_given(&vault)?;
+        output.line(format!("vault        {}", vault.id()))?;
+        output.line(format!("fingerprint  {}", vault.fingerprint()))?;
+        output.line(format!("place        {place}"))?;
+        output.line(format!("made         {created}"))?;
+        let Some(unlocked) = unlocked else {
+            output.object(&json!({
+                "vault": vault.id().to_string(), "fingerprint": vault.fingerprint(), "place": place,
+                "created_seconds": vault.created_seconds(), "unlocked": false,
+            }))?;
+            return output.remark("locked: give --passphrase-file or --recovery-key-file to see what it holds");
+        };
+        let (store, keys) = (unlocked.store(), unlocked.keys());
+        let catalog = Catalog::load(store, keys)?;
+        let mut alarms: Vec<String> = catalog.alarms.clone();
+        let mut machines = Vec::new();
+        let now = SystemClock.wall();
+        for machine in catalog.machines.values() {
+            let history = ChainHistory::load(store, keys, machine.chain)?;
+            let age = now.0.saturating_sub(history.proven_through.0);
+            let open = history.gaps().iter().filter(|gap| gap.until.is_none()).count();
+            let current = match (history.last_cut(), open) {
+                (None, _) => "no point yet: initial replication has not ended".to_owned(),
+                (Some(_), 0) => format!("current to {}, {} ago", WallTime(history.proven_through.0), duration_ns(age)),
+                (Some((_, last)), _) => format!("a gap is open; the newest point is of {}", WallTime(last.0)),
+            };
+            output.line(format!("machine      {}: {current}", machine.name))?;
+            alarms.extend(history.alarms.iter().map(|alarm| format!("{}: {}", machine.name, describe(alarm))));
+            machines.push(json!({
+                "name": machine.name, "chain": machine.chain.to_string(), "committed": history.through.to_string(),
+                "proven_through_ns": history.proven_through.0, "rpo_ns": age, "open_gaps": open,
+                "newest_point_ns": history.last_cut().map(|(_, time)| time.0), "skew_ns": history.skew_ns,
+            }));
+        }
+        let branches = catalog.branches.values().filter(|branch| !branch.discarded).count();
+        output.line(format!("holds        {} machines, {branches} branches", catalog.machines.len()))?;
+        for alarm in &alarms {
+            output.line(format!("ALARM        {alarm}"))?;
+        }
+        output.object(&json!({
+            "vault": vault.id().to_string(), "fingerprint": vault.fingerprint(), "place": place,
+            "created_seconds": vault.created_seconds(), "unlocked": true, "machines": machines, "branches": branches,
+            "alarms": alarms,
+        }))
+    }
+}
+
+/// An alarm for people.
+pub(super) fn describe(alarm: &Alarm) -> String {
+    match alarm {
+        Alarm::Untagged(name) => format!("a stranger put {name} into the chain's folder; it is ignored"),
+        Alarm::Invalid { number, reason } => format!("manifest {number} does not count: {reason}"),
+        Alarm::Rejected { number, writer } => {
+            format!("manifest {number} of writer {writer} came too late and does not count")
+        }
+        Alarm::LostParent { number, parent } => {
+            format!("manifest {number} continues manifest {parent}, which is damaged or missing: history was lost")
+        }
+    }
+}
