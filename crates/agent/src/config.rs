@@ -183,7 +183,7 @@ impl AgentConfig {
         between("rotate_every_ms", self.rotate_every_ms, 100, 3_600_000)?;
         between("proof_every_ms", self.proof_every_ms, 50, 60_000)?;
         between("heal_chunk_bytes", self.heal_chunk_bytes, GRANULE_BYTES, HEAL_CHUNK_BYTES_MAX)?;
-        if self.heal_chunk_bytes % GRANULE_BYTES != 0 {
+        if !self.heal_chunk_bytes.is_multiple_of(GRANULE_BYTES) {
             return Err(wrong(format!("heal_chunk_bytes is not a multiple of {GRANULE_BYTES}"), "round it"));
         }
         if let Some(address) = self.nbd_tcp

@@ -62,6 +62,13 @@ pub struct ServiceOptions {
     pub clock: Arc<dyn Clock>,
 }
 
+/// A freeze that was asked for and not yet ended.
+pub(crate) struct HeldFreeze {
+    pub(crate) frozen: Frozen,
+    /// Writes may go on from here on.
+    pub(crate) until: world::Monotonic,
+}
+
 /// What the threads of one agent share.
 pub(crate) struct Shared {
     pub(crate) splitter: Splitter,
@@ -69,7 +76,7 @@ pub(crate) struct Shared {
     pub(crate) commands: SyncSender<Command>,
     status: Mutex<AgentStatus>,
     started: world::Monotonic,
-    frozen: Mutex<Option<Frozen>>,
+    frozen: Mutex<Option<HeldFreeze>>,
     nbd: Mutex<Option<ServerHandle>>,
     stop: Mutex<Option<String>>,
     stop_wanted: Condvar,
@@ -98,7 +105,7 @@ impl Shared {
         status
     }
 
-    pub(crate) fn frozen(&self) -> MutexGuard<'_, Option<Frozen>> {
+    pub(crate) fn frozen(&self) -> MutexGuard<'_, Option<HeldFreeze>> {
         lock(&self.frozen)
     }
 
@@ -207,7 +214,7 @@ impl Service {
             )
         })?;
         self.register.store(&self.state, &self.disks, Moment::Stopped)?;
-        tracing::info!("stopped; the next start needs no comparison");
+        tracing::info!("stopped in order; the next start compares only what the dirty maps name");
         Ok(())
     }
 

@@ -295,6 +295,14 @@ fn the_control_socket_marks_freezes_and_stops() {
     assert!(!written.load(Ordering::SeqCst), "a write passed a freeze");
     assert_eq!(machine.ask(&Request::Thaw), Answer::Thawed { held: true });
     writer.join().expect("the write went through");
+    // Whoever froze may be gone; after its limit another freeze is possible although no write came.
+    for _ in 0..2 {
+        wait_for("a freeze is possible", || {
+            let freeze = Request::Freeze { limit_ms: 300, mark: None };
+            ask(&machine.config.control_socket(), &freeze).is_ok()
+        });
+    }
+    machine.ask(&Request::Thaw);
     let again = ask(&machine.config.control_socket(), &Request::Thaw).expect_err("nothing is frozen");
     assert_eq!(again.kind, ProblemKind::AlreadySo);
 

@@ -225,8 +225,8 @@ fn answer(request: Request, shared: &Shared) -> Result<Answer, Problem> {
         }
         Request::Freeze { limit_ms, mark } => freeze(shared, limit_ms, mark.as_deref()),
         Request::Thaw => match shared.frozen().take() {
-            Some(frozen) => {
-                let held = frozen.holds();
+            Some(held) => {
+                let held = held.frozen.holds();
                 tracing::info!(held, "thawed");
                 Ok(Answer::Thawed { held })
             }
@@ -279,13 +279,18 @@ fn freeze(shared: &Shared, limit_ms: u64, mark: Option<&str>) -> Result<Answer, 
     if let Some(name) = mark {
         check_name(name)?;
     }
-    let frozen = shared.splitter.freeze(Duration::from_millis(limit_ms)).map_err(|error| {
+    let limit = Duration::from_millis(limit_ms);
+    // A freeze ends by itself only when a write waits; one whose owner has gone must not stand in the way of another.
+    let over = |held: &mut super::HeldFreeze| shared.clock.monotonic() >= held.until;
+    drop(shared.frozen().take_if(over));
+    let until = shared.clock.monotonic().plus(limit);
+    let frozen = shared.splitter.freeze(limit).map_err(|error| {
         Problem::caused("the disks were not frozen", &error, "try again, with a longer limit if it timed out")
     })?;
     let marked = mark.is_some_and(|name| frozen.mark(MarkerKind::Application, name));
     tracing::info!(limit_ms, marked, "frozen");
-    // Dropping an earlier guard that has timed out changes nothing: it no longer holds.
-    *shared.frozen() = Some(frozen);
+    // Dropping an earlier guard changes nothing: it no longer holds, or this freeze would not have come about.
+    *shared.frozen() = Some(super::HeldFreeze { frozen, until });
     Ok(Answer::Frozen { limit_ms, marked })
 }
 
