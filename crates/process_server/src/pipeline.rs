@@ -174,7 +174,8 @@ pub struct Pipeline {
     pending: Pending,
     flying: Option<Flying>,
     heal: Option<HealSink>,
-    open_gap: Option<SequenceNumber>,
+    /// Last positions before the breaks that no heal has ended yet.
+    open_gaps: Vec<SequenceNumber>,
     /// Newest point time and cut planner, for the next session.
     last_point: PointTime,
     planner: replication::cut::CutPlanner,
@@ -245,6 +246,9 @@ impl Pipeline {
                 let _ = self.planner.proven(time);
             }
             Work::HealBegin { heal, p0, hashes, planned_bytes: _ } => {
+                if let Some(unfinished) = self.heal.take() {
+                    self.open_gaps.extend(unfinished.give_back());
+                }
                 self.heal = Some(HealSink::new(&self.services, self.chain, self.writer.generation(), heal, p0, hashes));
             }
             Work::Compare { heal, offer, disk, start, leaves } => {
@@ -301,7 +305,7 @@ impl Pipeline {
             // The session's receiver decides on cuts; this planner follows, to know where the next session starts. For
             // changes that a restart found in the journal nobody else has decided.
             let cuts = self.planner.change(&change);
-            if change.sequence <= self.replay_through && self.open_gap.is_none() {
+            if change.sequence <= self.replay_through && self.open_gaps.is_empty() {
                 self.pending.cuts.extend(cuts);
             }
             if let ChangeKind::Geometry(geometry) = &change.kind {
@@ -351,11 +355,11 @@ impl Pipeline {
 
     fn open_gap(&mut self, at: SequenceNumber, time: PointTime, cause: String) {
         self.planner = replication::cut::CutPlanner::default();
-        if self.open_gap.is_some() {
+        if !self.open_gaps.is_empty() {
             return;
         }
         let after = at.max(self.pending.cuts.last().map_or(SequenceNumber(0), |cut| cut.sequence));
-        self.open_gap = Some(after);
+        self.open_gaps.push(after);
         self.pending.gaps_opened.push(Gap { after, scope: GapScope::Machine, time, cause, until: None });
         self.touch();
     }
@@ -566,7 +570,7 @@ impl Pipeline {
     fn record_commit(&self, flying: &Flying) {
         let number = ManifestNumber(flying.prepared.number);
         let mut records = vec![Record::Committed { chain: self.chain, through: flying.through, number }];
-        if !flying.content.gaps_closed.is_empty() && self.open_gap.is_none() {
+        if !flying.content.gaps_closed.is_empty() && self.open_gaps.is_empty() {
             records.push(Record::Note { chain: self.chain, kind: GAP_NOTE, bytes: bytes::Bytes::new() });
         }
         for record in records {

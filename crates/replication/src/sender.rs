@@ -400,11 +400,15 @@ impl Sender {
     pub fn pump(&mut self) -> Vec<Action> {
         let mut out = Vec::new();
         let Link::Up { window_bytes } = self.link else { return out };
-        self.send_changes(window_bytes, &mut out);
+        // A break is told in its place: after the last change before it, before any other.
+        self.send_changes(window_bytes, self.changes_before_break(), &mut out);
+        if self.sent >= self.changes_before_break() {
+            self.announce_break(&mut out);
+            self.send_changes(window_bytes, self.unreleased.len(), &mut out);
+        }
         if self.sent < self.unreleased.len() {
             return out;
         }
-        self.announce_break(&mut out);
         if let Heal::Wanted = self.heal
             && matches!(self.stream, StreamState::Broken { .. })
             && self.now >= self.heal_not_before
@@ -650,11 +654,22 @@ impl Sender {
         out.extend(ring_end.map(Action::Release));
     }
 
-    fn send_changes(&mut self, window_bytes: u64, out: &mut Vec<Action>) {
-        while self.sent < self.unreleased.len() && (self.sent_bytes < window_bytes) {
+    /// How many unreleased changes come before a break that the receiver has not been told of.
+    fn changes_before_break(&self) -> usize {
+        match &self.stream {
+            StreamState::Broken { at, .. } if !self.break_announced => {
+                self.unreleased.partition_point(|entry| entry.change.sequence <= *at)
+            }
+            _ => self.unreleased.len(),
+        }
+    }
+
+    fn send_changes(&mut self, window_bytes: u64, end: usize, out: &mut Vec<Action>) {
+        while self.sent < end && self.sent_bytes < window_bytes {
             let mut batch = Vec::new();
             let mut bytes = 0;
-            while let Some(entry) = self.unreleased.get(self.sent)
+            while self.sent < end
+                && let Some(entry) = self.unreleased.get(self.sent)
                 && batch.len() < limits::BATCH_CHANGES_MAX
                 && bytes < limits::BATCH_BYTES_TARGET
                 && self.sent_bytes < window_bytes
@@ -720,9 +735,12 @@ impl Sender {
         if let Some(heal) = heal {
             out.push(Action::Send(Message::HealAbort { heal, cause: cause.clone() }));
         }
-        self.heal = Heal::Idle;
-        // The stream since p0 is a prefix up to the drop: let it drain, then break again.
-        self.stream = StreamState::Draining { until: producer, cause };
+        // Only a heal that had ended made the stream whole again. Otherwise the first break stands: the receiver may not
+        // have heard of it yet, and must hear of that one.
+        if matches!(self.stream, StreamState::Whole) {
+            self.stream = StreamState::Draining { until: producer, cause };
+            self.break_announced = false;
+        }
         self.heal = Heal::Wanted;
         self.want_heal_again(true);
     }

@@ -332,6 +332,7 @@ impl Node {
         let mut events = Vec::new();
         while let Some(work) = self.inbox.pop_front() {
             let Some(work) = spoil(work, bug, &mut events) else { continue };
+            trace(machine, &work);
             events.extend(pipeline.work(work).map_err(|error| format!("work: {error:?}"))?);
         }
         events.extend(pipeline.step().map_err(|error| format!("step: {error:?}"))?);
@@ -386,4 +387,24 @@ fn spoil(work: Work, bug: Option<Bug>, events: &mut Vec<Event>) -> Option<Work> 
         }
         (work, _) => work,
     })
+}
+
+/// Shows what the pipeline is given, for people who look for a bug.
+fn trace(_machine: MachineId, work: &Work) {
+    if std::env::var_os("FARSHORE_SIM_WORK").is_none() {
+        return;
+    }
+    match work {
+        Work::Changes { changes, .. } => {
+            for change in changes {
+                let kind = match change.kind.range() {
+                    Some(range) => format!("{range} of {}", change.disk),
+                    None => format!("{:?}", change.kind),
+                };
+                eprintln!("  change {} continues {} {kind}", change.sequence, change.continues);
+            }
+        }
+        Work::Compare { .. } | Work::HealData { .. } => {}
+        other => eprintln!("  {other:?}"),
+    }
 }

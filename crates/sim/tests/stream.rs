@@ -5,7 +5,7 @@ use agent::engine::Wire;
 use replication::cut::{Cut, CutPlanner, PointTime};
 use replication::geometry::LEAF_BYTES;
 use replication::receiver::{self, Action, Event, Greeting, Receiver, Remembered, SessionStart};
-use replication::wire::{HealContent, HealNeed, Message, OfferedLeaf};
+use replication::wire::{HealContent, Message, OfferedLeaf};
 use replication::{
     ChainId, Change, ChangeKind, DiskId, Generation, HealId, InstanceId, PlainLeafHash, SequenceNumber, StreamHash,
 };
@@ -187,7 +187,7 @@ impl PlainServer {
                 planner: self.planner.clone(),
                 continues,
                 need,
-                in_gap: self.in_gap || need != HealNeed::Nothing,
+                in_gap: self.in_gap,
                 base_empty: self.empty,
                 window_bytes: 1 << 20,
                 wall: self.wall(),

@@ -43,8 +43,11 @@ enum State {
     Receiving,
     /// The heal is over without its end: keep what came.
     Abandoned,
-    /// Everything came; the cut closes the gap once the image is durable.
-    Ending(Cut),
+    /// Everything came; the cut closes these gaps once the image is durable.
+    Ending {
+        cut: Cut,
+        closes: Vec<SequenceNumber>,
+    },
 }
 
 impl HealSink {
@@ -87,10 +90,18 @@ impl HealSink {
         self.p0
     }
 
+    /// The gaps that this heal would have closed, for when it is given up.
+    pub(super) fn give_back(self) -> Vec<SequenceNumber> {
+        match self.state {
+            State::Ending { closes, .. } => closes,
+            State::Receiving | State::Abandoned => Vec::new(),
+        }
+    }
+
     /// Where the heal ended, if it did: a cut that the pending content does not name yet.
     pub(super) fn end(&self) -> Option<SequenceNumber> {
         match &self.state {
-            State::Ending(cut) => Some(cut.sequence),
+            State::Ending { cut, .. } => Some(cut.sequence),
             _ => None,
         }
     }
@@ -137,7 +148,8 @@ impl Pipeline {
 
     pub(super) fn heal_end(&mut self, heal: HealId, cut: Cut) {
         if let Some(sink) = self.heal.as_mut().filter(|sink| sink.heal == heal) {
-            sink.state = State::Ending(cut);
+            // A break that comes from here on is another gap, even before this one is closed in the vault.
+            sink.state = State::Ending { cut, closes: std::mem::take(&mut self.open_gaps) };
         }
     }
 
@@ -145,7 +157,7 @@ impl Pipeline {
     pub(super) fn keep_partial_image(&mut self) {
         if let Some(sink) = &mut self.heal {
             sink.offers.clear();
-            if !matches!(sink.state, State::Ending(_)) {
+            if !matches!(sink.state, State::Ending { .. }) {
                 sink.state = State::Abandoned;
             }
         }
@@ -182,11 +194,10 @@ impl Pipeline {
             range,
             cause: "the source could not read it".into(),
         }));
-        let State::Ending(cut) = sink.state else { return };
-        if let Some(after) = self.open_gap.take() {
-            let (until, time) = (cut.sequence, cut.time);
-            self.pending.gaps_closed.push(GapClosed { after, scope: GapScope::Machine, until, time });
-        }
+        let State::Ending { cut, closes } = sink.state else { return };
+        let (until, time) = (cut.sequence, cut.time);
+        let closed = closes.into_iter().map(|after| GapClosed { after, scope: GapScope::Machine, until, time });
+        self.pending.gaps_closed.extend(closed);
         self.planner = replication::cut::CutPlanner::default();
         let end = cut.sequence;
         self.pending.cuts.push(cut);

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use replication::cut::{CutKind, CutPlanner, PointTime};
 use replication::receiver::{Greeting, Receiver, Remembered, SessionStart, greet};
-use replication::wire::{HealNeed, Hello, Message};
+use replication::wire::{Hello, Message};
 use replication::{ChainId, InstanceId, MachineId, SequenceNumber, StreamHash};
 use vault::catalog::{Catalog, CatalogEntry};
 use vault::manifest::{Delta, Gap, GapScope, GeometryChange};
@@ -91,7 +91,7 @@ impl Pipeline {
         let Services { store, session, keys, .. } = &services;
         let writer = ChainWriter::create(store, session, keys, chain, (machine, None), delta)?;
         let mut pipeline = Pipeline::around(services, machine, writer, Vec::new(), None);
-        pipeline.open_gap = Some(SequenceNumber(0));
+        pipeline.open_gaps = vec![SequenceNumber(0)];
         pipeline.geometries = geometries;
         pipeline.journal_session();
         Ok(pipeline)
@@ -104,22 +104,22 @@ impl Pipeline {
         journal: Option<ChainState>,
     ) -> Result<Pipeline, VaultError> {
         let own = journal.filter(|state| continues(state, &history, &services));
-        let open_gap = history.gaps().iter().rev().find(|gap| gap.until.is_none()).map(|gap| gap.after);
+        let mut open_gaps: Vec<SequenceNumber> =
+            history.gaps().iter().filter(|gap| gap.until.is_none()).map(|gap| gap.after).collect();
         let reason = if own.is_some() { "the process server started" } else { "a process server took over" };
         let mut delta = Delta::default();
-        let mut open_gap_after = open_gap;
-        if own.is_none() && open_gap.is_none() {
+        if own.is_none() && open_gaps.is_empty() {
             // Whatever was journaled elsewhere and not committed is missing here.
             let time = PointTime(services.clock.wall().0).max(history.proven_through);
             let gap = Gap { after: history.through, scope: GapScope::Machine, time, cause: reason.into(), until: None };
-            open_gap_after = Some(gap.after);
+            open_gaps.push(gap.after);
             delta.gaps_opened.push(gap);
         }
         let below = parent_view(&services, &history)?;
         let Services { store, session, keys, .. } = &services;
         let writer = ChainWriter::open_generation(store, session, keys, &history, reason, delta)?;
         let mut pipeline = Pipeline::around(services, machine, writer, history.layers(), below);
-        pipeline.open_gap = open_gap_after;
+        pipeline.open_gaps = open_gaps;
         pipeline.known_gaps = history.gaps().iter().map(|gap| gap.time).collect();
         pipeline.geometries = history.geometry_at(SequenceNumber(u64::MAX));
         pipeline.last_point = history.proven_through.max(history.last_cut().map_or(PointTime(0), |(_, time)| time));
@@ -155,7 +155,7 @@ impl Pipeline {
             pending: Pending::default(),
             flying: None,
             heal: None,
-            open_gap: None,
+            open_gaps: Vec::new(),
             last_point: writer.proven_through(),
             planner: CutPlanner::default(),
             journaled: through,
@@ -213,7 +213,7 @@ impl Pipeline {
             chain: self.chain,
             stream: self.stream.filter(|(sequence, _)| *sequence == self.journaled),
             committed: self.writer.through(),
-            incomplete: self.open_gap.is_some(),
+            incomplete: !self.open_gaps.is_empty(),
             last_boot: self.last_boot,
             live,
             empty,
@@ -244,7 +244,8 @@ impl Pipeline {
             planner: self.planner.clone(),
             continues,
             need,
-            in_gap: self.open_gap.is_some() || need != HealNeed::Nothing,
+            // A sender that lacks something tells of its break in its place.
+            in_gap: !self.open_gaps.is_empty(),
             base_empty: empty,
             window_bytes: self.services.pace.window_bytes,
             wall: PointTime(self.services.clock.wall().0),
@@ -255,7 +256,7 @@ impl Pipeline {
 
     /// Continuity is lost: everything so far is committed, then the next generation begins with a gap.
     fn renew(&mut self, cause: &str) -> Result<(), VaultError> {
-        if self.open_gap.is_none() {
+        if self.open_gaps.is_empty() {
             // Complete requests up to here are a legal prefix: its end can still be opened.
             if let Some(cut) = self.planner.close(CutKind::GenerationEnd) {
                 self.pending.cuts.push(cut);
