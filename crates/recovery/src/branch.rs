@@ -41,11 +41,7 @@ pub struct BranchInfo {
 impl BranchInfo {
     /// What was opened, in one sentence.
     pub fn sentence(&self) -> String {
-        let place = if self.local {
-            "; its writes stay on this host: source not fenced, point not pinned"
-        } else {
-            ""
-        };
+        let place = if self.local { "; its writes stay on this host: source not fenced, point not pinned" } else { "" };
         format!("opened {} at {} ({}){place}", self.branch, self.parent, self.reason)
     }
 }
@@ -182,7 +178,7 @@ impl Branch {
     }
 }
 
-/// The threads of an open branch. Dropping it stops them; what was flushed is in the journal then.
+/// The threads of an open branch. Dropping it stops them and flushes: everything written is in the journal then.
 pub struct BranchRunner {
     branch: Arc<Branch>,
     stop: Arc<AtomicBool>,
@@ -222,6 +218,9 @@ impl Drop for BranchRunner {
         if let Some(thread) = self.thread.take() {
             thread.thread().unpark();
             drop(thread.join());
+        }
+        if let Err(error) = self.branch.core.flush() {
+            tracing::warn!(branch = %self.branch.id(), %error, "the last writes could not be flushed");
         }
     }
 }

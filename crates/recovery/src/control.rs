@@ -188,7 +188,13 @@ fn serve(shared: &Shared, stream: &UnixStream) -> std::io::Result<()> {
 impl Shared {
     fn execute(&self, command: Command) -> Result<(), Refusal> {
         let mut failback = self.failback.lock().unwrap_or_else(PoisonError::into_inner);
-        let none = || Refusal::new("this branch is not being brought home", "there is nothing to do it to", "begin a failback first");
+        let none = || {
+            Refusal::new(
+                "this branch is not being brought home",
+                "there is nothing to do it to",
+                "begin a failback first",
+            )
+        };
         match command {
             Command::Status => Ok(()),
             Command::Failback { home, disks } => {

@@ -35,8 +35,8 @@ use vault::segment::{SealOptions, seal_segment};
 use vault::view::{ChainView, ViewBelow};
 use vault::view_source::FrameSource;
 use vault::{
-    ChainWriter, CheckpointWish, Compression, Delta, ObjectBuilder, ObjectKind, Placement, PreparedManifest, VaultError,
-    WriterSession,
+    ChainWriter, CheckpointWish, Compression, Delta, ObjectBuilder, ObjectKind, Placement, PreparedManifest,
+    VaultError, WriterSession,
 };
 use world::{Clock, Extent, ExtentKind};
 
@@ -249,8 +249,7 @@ impl BranchCore {
             last_cut: parts.writer.generation().base(),
             closed: None,
         };
-        let sealer =
-            Sealer { writer: parts.writer, older_layers: parts.older_layers, in_flight: None, last: now };
+        let sealer = Sealer { writer: parts.writer, older_layers: parts.older_layers, in_flight: None, last: now };
         Ok(BranchCore {
             chain,
             source: parts.source,
@@ -758,8 +757,7 @@ impl BranchCore {
         let layers = &sealer.writer.state().layers;
         let Some(picked) = plan_merges(layers) else { return Ok(()) };
         let picked: Vec<LayerRef> = picked.into_iter().map(|index| layers[index].clone()).collect();
-        let merged =
-            merge_layers(&self.source, &picked, &self.session, self.chain, sealer.writer.generation())?;
+        let merged = merge_layers(&self.source, &picked, &self.session, self.chain, sealer.writer.generation())?;
         let delta = Delta {
             through: sealer.writer.through(),
             proven_through: sealer.writer.proven_through(),

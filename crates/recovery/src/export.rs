@@ -58,8 +58,7 @@ pub fn socket_path(branch: &Branch) -> PathBuf {
 /// # Errors
 /// [`ServeError`] names the place that is taken or refused.
 pub fn serve(branch: &Arc<Branch>, tcp: Option<SocketAddr>) -> Result<ServerHandle, ServeError> {
-    let listen: Vec<Listen> =
-        std::iter::once(Listen::Unix(socket_path(branch))).chain(tcp.map(Listen::Tcp)).collect();
+    let listen: Vec<Listen> = std::iter::once(Listen::Unix(socket_path(branch))).chain(tcp.map(Listen::Tcp)).collect();
     Server::start(Arc::new(exports(branch)), ServerOptions::default(), &listen)
 }
 

@@ -147,7 +147,11 @@ impl Failback {
             }
         }
         if disks.len() != branch.disks().len() {
-            return Err(Refusal::new("a home was named for a disk that the branch does not have", "", "name the branch's disks only"));
+            return Err(Refusal::new(
+                "a home was named for a disk that the branch does not have",
+                "",
+                "name the branch's disks only",
+            ));
         }
         let Some(capture) = LentCapture::borrow(&branch) else {
             return Err(Refusal::new(
@@ -168,14 +172,18 @@ impl Failback {
             rest_ms: 0,
             problem: None,
         };
-        let shared =
-            Arc::new(Shared { status: Mutex::new(status), cut_over: AtomicBool::new(false), stop: AtomicBool::new(false) });
+        let shared = Arc::new(Shared {
+            status: Mutex::new(status),
+            cut_over: AtomicBool::new(false),
+            stop: AtomicBool::new(false),
+        });
         let state = Arc::clone(&shared);
         let spawned = std::thread::Builder::new().name("failback".into()).spawn(move || {
             let mut run = Run::new(&branch, disks, line, config, state, capture);
             run.run();
         });
-        let refused = |error: std::io::Error| Refusal::new(format!("no thread: {error}"), "nothing can be sent", "try again");
+        let refused =
+            |error: std::io::Error| Refusal::new(format!("no thread: {error}"), "nothing can be sent", "try again");
         Ok(Failback { shared, thread: Some(spawned.map_err(refused)?) })
     }
 
@@ -523,7 +531,9 @@ impl<'a> Run<'a> {
             };
             let ours = match core.leaf_hashes(*disk, *range) {
                 Ok(hashes) => digest_of(hashes.into_iter().map(Some)),
-                Err(error) => return Ok(Err(unequal(format!("{range} of {disk} cannot be read from the branch: {error}")))),
+                Err(error) => {
+                    return Ok(Err(unequal(format!("{range} of {disk} cannot be read from the branch: {error}"))));
+                }
             };
             match self.answer(wire)? {
                 HomeMessage::Digest { id, digest } if id == index as u64 => {

@@ -172,7 +172,11 @@ impl HomeDisk {
         let shown = path.display();
         let advice_other = "unmount or stop what uses it, or name another disk with --to";
         let metadata = std::fs::metadata(path).map_err(|error| {
-            Refusal::new(format!("{shown} cannot be opened: {error}"), "there is no disk to write to", "name another disk with --to")
+            Refusal::new(
+                format!("{shown} cannot be opened: {error}"),
+                "there is no disk to write to",
+                "name another disk with --to",
+            )
         })?;
         let kind = metadata.file_type();
         let device = kind.is_block_device().then(|| DeviceNumber {
@@ -200,7 +204,12 @@ impl HomeDisk {
         let direct = if disk.is_block_device() { FileDevice::open_direct(path).ok() } else { None };
         if disk.size() < order.size_bytes {
             return Err(Refusal::new(
-                format!("{shown} has {} bytes, {} of the branch has {}", disk.size(), order.disk_id(), order.size_bytes),
+                format!(
+                    "{shown} has {} bytes, {} of the branch has {}",
+                    disk.size(),
+                    order.disk_id(),
+                    order.size_bytes
+                ),
                 "what lies beyond its end would be lost",
                 "name a disk of at least that size with --to",
             ));
@@ -273,7 +282,8 @@ fn check_identity(order: &HomeOrder, device: Option<DeviceNumber>, host: &HostVi
     if order.any_disk || found.as_ref() == Some(expected) || device.is_none() && found.is_some() {
         return Ok(());
     }
-    let found = found.map_or_else(|| "no serial number that could be read".into(), |serial| format!("serial number {serial}"));
+    let found =
+        found.map_or_else(|| "no serial number that could be read".into(), |serial| format!("serial number {serial}"));
     Err(Refusal::new(
         format!("{} has {found}, but {} came from {expected}", order.path.display(), order.disk_id()),
         "it is probably another disk, and all of it would be written over",
@@ -370,7 +380,8 @@ mod tests {
         assert!(HomeDisk::open(&order(&folder.path().join("missing"), 1), &host).is_err());
         let image = path.canonicalize().expect("exists");
         std::fs::create_dir_all(folder.path().join("sys/block/loop3/loop")).expect("creates");
-        std::fs::write(folder.path().join("sys/block/loop3/loop/backing_file"), format!("{}\n", image.display())).expect("writes");
+        std::fs::write(folder.path().join("sys/block/loop3/loop/backing_file"), format!("{}\n", image.display()))
+            .expect("writes");
         let refusal = HomeDisk::open(&order(&path, 1), &host).err().expect("a loop device shows it");
         assert!(refusal.what.contains("loop3"), "{refusal}");
     }

@@ -28,8 +28,8 @@ use vault::layer::LayerRef;
 use vault::view::ViewBelow;
 use vault::view_source::{CacheBytes, FrameSource};
 use vault::{
-    Catalog, CatalogEntry, ChainHistory, ChainWriter, Delta, FolderStore, GapScope, GeometryChange, Moment, Point, Points,
-    Store, StoreError, UnlockedVault, VaultError, WriterSession,
+    Catalog, CatalogEntry, ChainHistory, ChainWriter, Delta, FolderStore, GapScope, GeometryChange, Moment, Point,
+    Points, Store, StoreError, UnlockedVault, VaultError, WriterSession,
 };
 use world::{Clock, Entropy, Files, RealFiles, durable};
 
@@ -366,10 +366,7 @@ impl BranchHost {
         Ok(())
     }
 
-    fn open_journal(
-        &self,
-        info: &BranchInfo,
-    ) -> Result<(Journal, process_server::journal::Recovered), BranchError> {
+    fn open_journal(&self, info: &BranchInfo) -> Result<(Journal, process_server::journal::Recovered), BranchError> {
         let directory = format!("{}/journal", info.branch);
         self.files.create_directory(&directory).map_err(BranchError::state("written"))?;
         let host = HostKey::load_or_create(&*self.files, &directory, &*self.entropy)?;
@@ -396,8 +393,14 @@ impl BranchHost {
                 return Err(BranchError::TakenOver { branch: info.branch });
             }
             let delta = Delta::default();
-            match ChainWriter::open_generation(source.store(), &self.session, self.vault.keys(), &history, &reason, delta)
-            {
+            match ChainWriter::open_generation(
+                source.store(),
+                &self.session,
+                self.vault.keys(),
+                &history,
+                &reason,
+                delta,
+            ) {
                 // A manifest of the killed process arrived late: look again.
                 Err(VaultError::Fenced { .. }) => {
                     history = ChainHistory::load(source.store(), source.keys(), info.branch)?;
@@ -462,8 +465,14 @@ impl BranchHost {
             .map(|geometry| {
                 let clock = Arc::clone(&self.clock);
                 let config = self.config.read_ahead;
-                let device =
-                    BranchDisk::new(Arc::clone(&core), clock, geometry.disk, geometry.size_bytes, config, Arc::clone(&ahead));
+                let device = BranchDisk::new(
+                    Arc::clone(&core),
+                    clock,
+                    geometry.disk,
+                    geometry.size_bytes,
+                    config,
+                    Arc::clone(&ahead),
+                );
                 ProtectedDisk { geometry: geometry.clone(), device: Arc::new(device) }
             })
             .collect();
@@ -472,8 +481,7 @@ impl BranchHost {
             boot: self.entropy.bytes(),
             ring_bytes_max: self.config.ring_bytes_max,
         };
-        let (splitter, capture) =
-            Splitter::open(protected, &MemoryMapStore::new(), Arc::clone(&self.clock), config)?;
+        let (splitter, capture) = Splitter::open(protected, &MemoryMapStore::new(), Arc::clone(&self.clock), config)?;
         let directory = self.directory(info.branch);
         Ok(Branch {
             info,

@@ -32,12 +32,12 @@ pub mod read_ahead;
 mod shield;
 
 pub use branch::{Branch, BranchInfo, BranchRunner};
-pub use core::{BranchCore, BranchFigures, SealConfig, SealWish, Sealed};
 pub use control::{ControlClient, ControlServer, HomeAddress, HomeConnector};
+pub use core::{BranchCore, BranchFigures, SealConfig, SealWish, Sealed};
 pub use error::BranchError;
 pub use failback::{Failback, FailbackConfig, FailbackStatus, HomeLine, Phase};
+pub use history_view::{open_chain, view_of};
 pub use home_disk::{HomeDisk, HomeOrder, HostView, Refusal};
+pub use host::{BranchConfig, BranchHost, Keep};
 pub use local_home::LocalHome;
 pub use master_target::{HomeError, MasterTarget, Served};
-pub use history_view::{open_chain, view_of};
-pub use host::{BranchConfig, BranchHost, Keep};

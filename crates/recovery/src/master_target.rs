@@ -516,9 +516,11 @@ impl HomeSession {
     fn prove(&mut self, disk: DiskId, start: u64, len: u64) -> Result<Option<String>, HomeError> {
         self.sync()?;
         let home = self.disk(disk)?;
-        let Some(key) = &self.key else { return Err(HomeError::Protocol("a proof was asked for without a key".into())) };
+        let Some(key) = &self.key else {
+            return Err(HomeError::Protocol("a proof was asked for without a key".into()));
+        };
         let end = start.saturating_add(len).min(home.order().size_bytes);
-        if len > limits::PROOF_RANGE_BYTES || start % LEAF_BYTES != 0 {
+        if len > limits::PROOF_RANGE_BYTES || !start.is_multiple_of(LEAF_BYTES) {
             return Err(HomeError::Protocol("a proof's range is malformed".into()));
         }
         let Some(range) = ByteRange::between(start, end) else { return Ok(None) };
@@ -556,7 +558,9 @@ fn leaf_hashes(device: &dyn BlockDevice, range: ByteRange, key: &LeafKey) -> Res
         }
         let bytes = &mut buffer[..piece.len as usize];
         match device.read_at(piece.start, bytes) {
-            Ok(()) => hashes.extend(bytes.chunks(LEAF_BYTES as usize).map(|leaf| Some(key.leaf(PlainLeafHash::of(leaf))))),
+            Ok(()) => {
+                hashes.extend(bytes.chunks(LEAF_BYTES as usize).map(|leaf| Some(key.leaf(PlainLeafHash::of(leaf)))))
+            }
             Err(BlockError::Unreadable { .. }) => {
                 for leaf in piece.split_at_multiples(LEAF_BYTES) {
                     let bytes = &mut bytes[leaf.within(piece.start)];

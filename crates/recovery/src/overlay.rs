@@ -88,7 +88,8 @@ impl Overlay {
 
     /// The pieces that overlap `range`, clipped to it, in order.
     pub(crate) fn within(&self, range: ByteRange) -> impl Iterator<Item = (ByteRange, Content)> {
-        let before = self.pieces.range(..range.start).next_back().filter(|(start, piece)| **start + piece.len > range.start);
+        let before =
+            self.pieces.range(..range.start).next_back().filter(|(start, piece)| **start + piece.len > range.start);
         before.into_iter().chain(self.pieces.range(range.start..range.end())).filter_map(move |(start, piece)| {
             let whole = ByteRange::new(*start, piece.len);
             let part = whole.intersection(range)?;

@@ -83,7 +83,7 @@ fn a_killed_branch_goes_on_where_it_was_flushed() {
     write(&second, 1, 0, noise(3, 5_000));
     branch.core().seal_all(SealWish::Now).unwrap();
     world.test_clock.advance(2);
-    write(&first, 0, 50_000, noise(4, 3_000_00));
+    write(&first, 0, 50_000, noise(4, 300_000));
     write(&second, 1, 2_500, noise(5, 5_000));
     first.flush().unwrap();
     // Killed: nothing is closed, nothing more is written. The lock ends with the process.
@@ -144,7 +144,7 @@ fn a_branch_opens_at_each_of_its_own_seconds() {
     for (index, cut) in seconds.iter().enumerate() {
         let nested = host.open(branch.id(), &Moment::Sequence(cut.sequence), "n").unwrap();
         let found = contents(&nested, DISK);
-        assert!(states.iter().any(|state| *state == found), "cut {index} is a state that was");
+        assert!(states.contains(&found), "cut {index} is a state that was");
     }
     let named = host.open(branch.id(), &Moment::Marker("named".into()), "n").unwrap();
     assert!(contents(&named, DISK) == states[3]);
