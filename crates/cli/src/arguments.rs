@@ -4,7 +4,7 @@ use std::ffi::OsString;
 
 use clap::{Parser, Subcommand};
 
-use crate::commands::{branch, completion, config, server, token, vault};
+use crate::commands::{branch, completion, config, failback, inner_agent, server, token, vault};
 use crate::demo;
 use crate::failure::Done;
 use crate::output::Output;
@@ -42,11 +42,15 @@ enum Command {
     /// Branches: a machine's disks as they were at any moment
     #[command(subcommand)]
     Branch(branch::BranchCommand),
+    /// Bring a branch home to a disk of this host
+    Failback(failback::Failback),
     /// Show the whole product at work on this machine, and prove what it recovers
     Demo(demo::Demo),
     /// Configuration files
     #[command(subcommand)]
     Config(config::ConfigCommand),
+    #[command(name = "__agent", hide = true, subcommand)]
+    InnerAgent(inner_agent::InnerAgent),
     #[command(name = "__workload", hide = true)]
     Workload(demo::Workload),
     /// Run the mobility agent that lies beside this program
@@ -72,8 +76,10 @@ impl Arguments {
         match &self.command {
             Command::Server(command) => command.run(output),
             Command::Token(command) => command.run(output),
+            Command::Failback(command) => command.run(output),
             Command::Demo(command) => command.run(output),
             Command::Config(command) => command.run(output),
+            Command::InnerAgent(command) => command.run(output),
             Command::Workload(command) => command.run(),
             Command::Vault(command) => command.run(output),
             Command::Branch(command) => command.run(output),

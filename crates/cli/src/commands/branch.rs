@@ -1,5 +1,6 @@
 //! `farshore branch …`
 
+mod control;
 mod discard;
 mod export;
 mod image;
@@ -8,6 +9,8 @@ mod open;
 mod read_only;
 
 use clap::Subcommand;
+
+pub(crate) use open::state_root;
 
 use crate::failure::Done;
 use crate::output::Output;

@@ -2,22 +2,27 @@
 //! long as the command runs. What a client flushed outlives a kill of this process.
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use clap::Args;
 use recovery::export::{export_name, serve, socket_path};
-use recovery::{Branch, BranchConfig, BranchHost, BranchRunner, Keep};
+use recovery::{Branch, BranchConfig, BranchHost, BranchRunner, ControlServer, FailbackConfig, Keep, Phase};
 use replication::ChainId;
 use serde_json::json;
 use vault::{Catalog, Moment, UnlockedVault};
 use world::{Clock, SystemClock, WallTime};
 
+use super::control::Homes;
 use crate::failure::{Done, Failure, Verdict, chain, io_failure, usage};
 use crate::moment::{self, MOMENT_HELP};
 use crate::output::{Output, bytes, duration_ns};
 use crate::progress::StopRequest;
 use crate::vault_access::{KeyOptions, VaultPlace, choose, clock, entropy, find, find_or_only};
+
+/// How long the control socket still answers after a branch has ended.
+const LAST_ANSWER: Duration = Duration::from_millis(500);
 
 /// Options of `branch open`.
 #[derive(Debug, Args)]
@@ -71,22 +76,21 @@ struct Serving {
 }
 
 impl Serving {
-    /// The state directory, made if need be.
-    fn state_dir(&self) -> Done<PathBuf> {
-        let directory = match &self.state_dir {
-            Some(directory) => directory.clone(),
-            None => default_state()?.join("branches"),
-        };
-        std::fs::create_dir_all(&directory).map_err(|error| {
-            io_failure(format!("the state directory {} cannot be made", directory.display()), &error)
-        })?;
-        directory.canonicalize().map_err(|error| io_failure("the state directory cannot be used", &error))
-    }
-
     fn host(&self, vault: UnlockedVault, keep: Keep) -> Done<BranchHost> {
         let config = BranchConfig { keep, ..BranchConfig::default() };
-        Ok(BranchHost::new(vault, self.state_dir()?, clock(), entropy(), config))
+        Ok(BranchHost::new(vault, state_root(self.state_dir.as_deref())?, clock(), entropy(), config))
     }
+}
+
+/// The directory for the states of branches, made if need be.
+pub(crate) fn state_root(given: Option<&Path>) -> Done<PathBuf> {
+    let directory = match given {
+        Some(directory) => directory.to_owned(),
+        None => default_state()?.join("branches"),
+    };
+    std::fs::create_dir_all(&directory)
+        .map_err(|error| io_failure(format!("the state directory {} cannot be made", directory.display()), &error))?;
+    directory.canonicalize().map_err(|error| io_failure("the state directory cannot be used", &error))
 }
 
 /// Where state is kept if nobody says so.
@@ -161,6 +165,9 @@ fn run(branch: &Arc<Branch>, serving: &Serving, output: Output, (reason, took): 
         .map_err(|error| io_failure("the branch's threads cannot be started", &error))?;
     let server = serve(branch, serving.tcp)
         .map_err(|error| Failure::new("the branch cannot be served", chain(&error), "name another place"))?;
+    let homes = Arc::new(Homes { notes: branch.directory().join("home") });
+    let control = ControlServer::start(Arc::clone(branch), homes, FailbackConfig::default())
+        .map_err(|error| io_failure("the branch cannot be controlled", &error))?;
     let info = branch.info();
     let socket = socket_path(branch);
     let tcp: Vec<String> = server.tcp_addresses().iter().map(ToString::to_string).collect();
@@ -189,8 +196,19 @@ fn run(branch: &Arc<Branch>, serving: &Serving, output: Output, (reason, took): 
         output.line(format!("  nbd://{address}/"))?;
     }
     output.remark("Ctrl-C stops serving")?;
-    stop.wait(|| false);
+    stop.wait(|| control.is_over());
+    // Whoever asked for the end still wants the answer.
+    std::thread::sleep(LAST_ANSWER);
+    let home = control.failback().is_some_and(|status| status.phase == Phase::Done);
+    let over = control.is_over();
+    drop(control);
     server.stop();
+    if over {
+        drop(runner);
+        let how = if home { "brought home" } else { "discarded" };
+        output.object(&json!({"event": how, "chain": info.branch.to_string()}))?;
+        return output.remark(format!("the branch {} was {how}", info.name));
+    }
     if throw_away {
         drop(runner);
         branch.discard()?;
