@@ -184,8 +184,8 @@ pub struct Pipeline {
     loaded: SequenceNumber,
     /// Cuts of changes up to here are not known yet: a restart found them in the journal.
     replay_through: SequenceNumber,
-    /// When the gaps opened that the vault knew at the start.
-    known_gaps: Vec<PointTime>,
+    /// After which change, and when, the gaps opened that the vault knew at the start.
+    known_gaps: Vec<(SequenceNumber, PointTime)>,
     /// Newest journaled change and the stream's hash there, if it is known.
     stream: Option<(SequenceNumber, replication::StreamHash)>,
     proven: PointTime,
@@ -329,7 +329,7 @@ impl Pipeline {
                     ReadBack::Changes(changes) => self.load(changes),
                     // A gap whose opening is in the vault is as open as the vault says.
                     ReadBack::Gap(Some(GapNote { at, time, cause }))
-                        if self.loaded < self.replay_through && !self.known_gaps.contains(&time) =>
+                        if self.loaded < self.replay_through && !self.knows_gap(at, time) =>
                     {
                         self.open_gap(at, time, cause);
                     }
@@ -362,6 +362,11 @@ impl Pipeline {
         self.open_gaps.push(after);
         self.pending.gaps_opened.push(Gap { after, scope: GapScope::Machine, time, cause, until: None });
         self.touch();
+    }
+
+    /// Point time may stand still for a while after a clock jumped back, so it alone identifies nothing.
+    fn knows_gap(&self, at: SequenceNumber, time: PointTime) -> bool {
+        self.known_gaps.iter().any(|(after, opened)| *opened == time && *after >= at)
     }
 
     fn note_gap(&self, at: SequenceNumber, time: PointTime, cause: &str) {

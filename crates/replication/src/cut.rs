@@ -63,6 +63,12 @@ impl PointClock {
         PointClock { offset: i128::from(wall.0) - i128::from(source.0), last }
     }
 
+    /// A later reading of both clocks. A message that was long on its way makes the offset too large, never too small,
+    /// so the smallest seen is the best.
+    pub fn observe(&mut self, source: SourceTime, wall: PointTime) {
+        self.offset = self.offset.min(i128::from(wall.0) - i128::from(source.0));
+    }
+
     /// The newest point time given out.
     pub fn last(&self) -> PointTime {
         self.last

@@ -486,10 +486,12 @@ impl Receiver {
         Ok(())
     }
 
+    /// The next number, or the first of a generation opened since: one that a server opened and lost again before it
+    /// journaled anything leaves its numbers in the sender's hands.
     fn follows(&self, sequence: SequenceNumber) -> bool {
-        let next_generation = self.received.generation() < self.generation;
-        let first = SequenceNumber(self.generation.base().0 + 1);
-        sequence.0 == self.received.0 + 1 || (next_generation && sequence == first)
+        let (last, now) = (self.received.generation(), sequence.generation());
+        let first_of_newer = last < now && now <= self.generation && sequence.0 == now.base().0 + 1;
+        sequence.0 == self.received.0 + 1 || first_of_newer
     }
 
     fn resize(&mut self, geometry: &DiskGeometry) {
@@ -518,6 +520,7 @@ impl Receiver {
                 return Err(format!("the sender proves {captured}, the stream is at {}", self.received));
             }
         }
+        self.clock.observe(now, wall);
         if self.in_gap || time == SourceTime(0) {
             return Ok(());
         }

@@ -455,7 +455,8 @@ impl World {
         if !self.wall_errors {
             let label = cut.time.0.saturating_sub(START_WALL_NS);
             let newest = known.iter().map(|state| state.requests).max().unwrap_or(0);
-            let slack = 2 * SECOND;
+            // A hello that waited for a sleeping server makes the offset too large until the first proof arrives.
+            let slack = 45 * SECOND;
             let oldest_needed = self.source.model.requests_before(label.saturating_sub(slack));
             if self.source.model.incarnations() == 0 && newest < oldest_needed {
                 return Err(format!("{cut:?} lacks requests made {slack} ns before its label"));
@@ -493,7 +494,8 @@ impl World {
         let index = self.rng.below(self.announced.len() as u64) as usize;
         let (sequence, announced) = self.announced.iter().nth(index).expect("the index is in range");
         if !points.is_openable(&announced.cut) {
-            return Err(format!("{:?} was announced and can no longer be opened", announced.cut));
+            let hiding: Vec<_> = points.gaps().iter().filter(|gap| gap.hides(announced.cut.sequence)).collect();
+            return Err(format!("{:?} was announced and can no longer be opened: {hiding:?}", announced.cut));
         }
         let state = self.state_at(view, *sequence)?;
         if state != Some(announced.state) {

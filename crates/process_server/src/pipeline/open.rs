@@ -120,7 +120,7 @@ impl Pipeline {
         let writer = ChainWriter::open_generation(store, session, keys, &history, reason, delta)?;
         let mut pipeline = Pipeline::around(services, machine, writer, history.layers(), below);
         pipeline.open_gaps = open_gaps;
-        pipeline.known_gaps = history.gaps().iter().map(|gap| gap.time).collect();
+        pipeline.known_gaps = history.gaps().iter().map(|gap| (gap.after, gap.time)).collect();
         pipeline.geometries = history.geometry_at(SequenceNumber(u64::MAX));
         pipeline.last_point = history.proven_through.max(history.last_cut().map_or(PointTime(0), |(_, time)| time));
         match own {
