@@ -144,10 +144,10 @@ impl Branch {
     /// chain opens the next generation.
     ///
     /// # Errors
-    /// Those of the store; call again.
+    /// Those of the store: the branch goes on; call again.
     pub fn finish(&self, reason: &str) -> Result<(), BranchError> {
         self.core.close(reason);
-        self.core.seal_all(SealWish::Final)
+        self.core.seal_all(SealWish::Final).inspect_err(|_| self.core.open_again())
     }
 
     /// The machine's history goes on along this branch's chain: recorded in the catalog, and the branch ends here.

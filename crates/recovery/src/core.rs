@@ -631,6 +631,11 @@ impl BranchCore {
         self.room.notify_all();
     }
 
+    /// Takes back a [`BranchCore::close`] that came to nothing.
+    pub(crate) fn open_again(&self) {
+        lock(&self.writing).closed = None;
+    }
+
     fn take_batch(&self, sealer: &Sealer, wish: SealWish) -> Option<Batch> {
         let mut writing = lock(&self.writing);
         let now = self.clock.monotonic();

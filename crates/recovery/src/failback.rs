@@ -260,6 +260,8 @@ struct Run<'a> {
     shared: Arc<Shared>,
     engine: Engine<LentCapture>,
     begun: world::Monotonic,
+    /// The branch's chain has been ended; only the master target has to hear of it.
+    finished: bool,
 }
 
 /// How long an idle loop waits for the link.
@@ -291,7 +293,7 @@ impl<'a> Run<'a> {
         let clock = Arc::clone(&branch.clock);
         let begun = clock.monotonic();
         let engine = Engine::new(capture, sender, clock, Some(hashes), Box::<ForgetfulMark>::default());
-        Run { branch, disks, line, config, shared, engine, begun }
+        Run { branch, disks, line, config, shared, engine, begun, finished: false }
     }
 
     fn stopping(&self) -> bool {
@@ -327,6 +329,9 @@ impl<'a> Run<'a> {
                     });
                 }
                 SessionEnd::Lost(reason) => {
+                    if self.finished {
+                        self.shared.cut_over.store(true, Ordering::SeqCst);
+                    }
                     tracing::info!(reason, "the way home is interrupted");
                     self.set(|status| {
                         status.phase = Phase::Connecting;
@@ -467,7 +472,11 @@ impl<'a> Run<'a> {
             }
         }
         let core = Arc::clone(self.branch.core());
-        let sealed = core.mark(MarkerKind::Final, &name).and_then(|()| core.seal_all(SealWish::Now));
+        // A link that was lost after the branch had ended brings us here again.
+        let sealed = match self.finished {
+            true => Ok(()),
+            false => core.mark(MarkerKind::Final, &name).and_then(|()| core.seal_all(SealWish::Now)),
+        };
         if let Err(error) = sealed {
             return Ok(Err(goes_on(format!("the branch's last changes could not be committed: {error}"))));
         }
@@ -484,6 +493,7 @@ impl<'a> Run<'a> {
         if let Err(error) = self.branch.finish("it was failed back") {
             return Ok(Err(goes_on(format!("the branch's chain could not be ended: {error}"))));
         }
+        self.finished = true;
         let rested = self.branch.clock.monotonic().since(rest);
         wire.say(&HomeMessage::Complete)?;
         match self.answer(wire)? {
