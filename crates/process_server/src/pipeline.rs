@@ -327,9 +327,12 @@ impl Pipeline {
             for item in items {
                 match item {
                     ReadBack::Changes(changes) => self.load(changes),
-                    // A gap whose opening is in the vault is as open as the vault says.
+                    // A gap whose opening is in the vault is as open as the vault says, and one that lies before what is
+                    // committed would have been committed with it: its note belongs to a session that was replaced.
                     ReadBack::Gap(Some(GapNote { at, time, cause }))
-                        if self.loaded < self.replay_through && !self.knows_gap(at, time) =>
+                        if self.loaded < self.replay_through
+                            && at >= self.writer.through()
+                            && !self.knows_gap(at, time) =>
                     {
                         self.open_gap(at, time, cause);
                     }

@@ -17,7 +17,7 @@ use vault::{ChainHistory, ChainWriter, VaultError};
 use world::{Entropy, Monotonic};
 
 use super::{Pending, Pipeline, Services};
-use crate::ingest::Work;
+use crate::ingest::{GAP_NOTE, Work};
 use crate::journal::{ChainState, Manifest, ManifestNonce, ManifestNumber, Record, Session};
 
 /// Why a machine's pipeline could not be opened.
@@ -175,9 +175,12 @@ impl Pipeline {
 
     /// What an earlier session left in the journal belongs to a history that another writer has replaced.
     fn quarantine(&mut self, reason: &str) {
-        let record = Record::Dropped { chain: self.chain, reason: reason.to_owned() };
-        if let Err(error) = self.services.log.append(record, Box::new(|_| {})) {
-            tracing::warn!(chain = %self.chain, %error, "a journaled tail could not be dropped");
+        let dropped = Record::Dropped { chain: self.chain, reason: reason.to_owned() };
+        let no_gap = Record::Note { chain: self.chain, kind: GAP_NOTE, bytes: bytes::Bytes::new() };
+        for record in [dropped, no_gap] {
+            if let Err(error) = self.services.log.append(record, Box::new(|_| {})) {
+                tracing::warn!(chain = %self.chain, %error, "a journaled tail could not be dropped");
+            }
         }
     }
 

@@ -1,0 +1,180 @@
+//! What a sender is told and what it answers with: the vocabulary between the state machine and its owner.
+
+use crate::change::{ChangeKind, SourceTime};
+use crate::geometry::{ByteRange, DiskGeometry};
+use crate::position::{ChainId, DiskId, Epoch, InstanceId, MachineId, SequenceNumber};
+use crate::wire::{Message, OfferHashes, OfferedLeaf};
+
+/// Who sends, and how.
+#[derive(Debug, Clone)]
+pub struct SenderConfig {
+    /// The protected machine.
+    pub machine: MachineId,
+    /// This run of the agent.
+    pub instance: InstanceId,
+    /// The kernel's boot id.
+    pub boot: [u8; 16],
+    /// The VM generation id, zero if there is none.
+    pub vm_generation: [u8; 16],
+    /// The machine's name, for people.
+    pub name: String,
+    /// What the hashes of offers are.
+    pub hashes: OfferHashes,
+    /// Time between rotations of the dirty maps, in nanoseconds.
+    pub rotate_every_ns: u64,
+    /// Time between proofs that nothing is missing, in nanoseconds.
+    pub proof_every_ns: u64,
+    /// Bytes of disk read at once by a heal; a multiple of 64 KiB.
+    pub heal_chunk_bytes: u64,
+}
+
+/// One request taken from the capture's ring.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Request {
+    /// Ring position after the request.
+    pub ring_end: u64,
+    /// The epoch it was marked in.
+    pub epoch: Epoch,
+    /// When it was submitted.
+    pub time: SourceTime,
+    /// Its disk.
+    pub disk: DiskId,
+    /// Its pieces, none longer than [`limits::CHANGE_DATA_BYTES_MAX`].
+    pub kinds: Vec<ChangeKind>,
+}
+
+/// The capture's health, read after the ring was consumed up to `consumed`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CaptureReport {
+    /// Drops, copy failures and missed records since the capture began; never decreases.
+    pub gap_count: u64,
+    /// The newest of them, in words.
+    pub gap_cause: String,
+    /// A write of the current epoch or a later one did not reach the ring.
+    pub unstreamed: bool,
+    /// Ring position after the newest complete request.
+    pub producer: u64,
+}
+
+/// What happened.
+#[derive(Debug)]
+#[allow(missing_docs)]
+pub enum Event {
+    /// A link to the receiver stands; nothing was sent on it yet.
+    LinkUp {
+        now: SourceTime,
+        disks: Vec<DiskGeometry>,
+    },
+    LinkDown,
+    Received(Message),
+    Captured(Request),
+    /// Fed after every round of consuming.
+    Report(CaptureReport),
+    /// `now` was read before the ring was last found empty, if `drained`.
+    Tick {
+        now: SourceTime,
+        drained: bool,
+    },
+    /// Answer to [`Action::Rotate`]: the new epoch, or none because no slot is free yet.
+    Rotated(Option<Epoch>),
+    /// Nobody can act under an epoch older than this one; `producer` was read afterwards.
+    Settled {
+        epoch: Epoch,
+        producer: u64,
+    },
+    /// Answer to [`Action::CollectHealSet`].
+    HealSet(Vec<(DiskId, Vec<ByteRange>)>),
+    /// Answer to [`Action::ReadForHeal`]: one entry a leaf. `data` holds the whole range unless only hashes are known.
+    HealRead {
+        disk: DiskId,
+        range: ByteRange,
+        leaves: Vec<OfferedLeaf>,
+        data: Option<bytes::Bytes>,
+    },
+    /// Answer to [`Action::FetchForHeal`]; none if the range cannot be read.
+    HealFetched {
+        disk: DiskId,
+        range: ByteRange,
+        data: Option<bytes::Bytes>,
+    },
+    /// Answer to [`Action::SampleProducer`].
+    Producer(u64),
+}
+
+/// What to do.
+#[derive(Debug, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub enum Action {
+    Send(Message),
+    /// Free ring space: everything before this position is journaled.
+    Release(u64),
+    /// Open the next epoch in stream mode. `for_heal`: fold older epochs first if no slot is free.
+    Rotate {
+        for_heal: bool,
+    },
+    /// Feed [`Event::Settled`] as soon as nobody can act under an epoch older than this.
+    AwaitSettled(Epoch),
+    /// Mark the whole of every disk as named by doubt, persistently.
+    RequireWhole,
+    /// Fold the maps of all epochs before this one into the heal set and report the set.
+    CollectHealSet(Epoch),
+    /// `hash`: the receiver will compare; otherwise only zeroes must be told from data.
+    ReadForHeal {
+        disk: DiskId,
+        range: ByteRange,
+        hash: bool,
+    },
+    FetchForHeal {
+        disk: DiskId,
+        range: ByteRange,
+    },
+    /// Read the producer position now.
+    SampleProducer,
+    /// The heal that covered the heal set is committed: forget it.
+    ClearHealSet {
+        chain: ChainId,
+        committed: SequenceNumber,
+    },
+    /// Everything this epoch's maps name is committed: forget it, unless it has unstreamed marks.
+    ClearEpoch {
+        epoch: Epoch,
+        chain: ChainId,
+        committed: SequenceNumber,
+    },
+    /// The session cannot go on; close the link, then connect again.
+    Disconnect(String),
+    /// The receiver turned us away for a reason that reconnecting will not mend soon.
+    Refused(String),
+}
+
+/// Whether the receiver has everything.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum StreamState {
+    /// Every request since the last heal's end is in the stream.
+    Whole,
+    /// A request was dropped; what the ring still holds came before it.
+    Draining {
+        /// Consume up to here.
+        until: u64,
+        /// Why.
+        cause: String,
+    },
+    /// Nothing after `at` can be opened until a heal is committed.
+    Broken {
+        /// The last change before the break.
+        at: SequenceNumber,
+        /// Why.
+        cause: String,
+    },
+}
+
+/// Progress of the heal, for people.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct HealProgress {
+    /// Bytes of disk that the heal covers.
+    pub planned_bytes: u64,
+    /// Bytes of disk read or compared so far.
+    pub compared_bytes: u64,
+    /// Bytes of data that had to travel.
+    pub sent_bytes: u64,
+}
