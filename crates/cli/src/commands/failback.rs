@@ -132,6 +132,8 @@ fn cancelled(client: &ControlClient) -> Failure {
 fn wait(client: &ControlClient, output: Output, stop: &StopRequest, until: Phase, what: &str) -> Done<FailbackStatus> {
     let mut progress: Option<Progress> = None;
     let mut shown = 0;
+    // A cut over begins a moment after it was asked for; one that was given up leads back to following.
+    let mut left_following = false;
     loop {
         if stop.is_set() {
             return Err(cancelled(client));
@@ -145,7 +147,9 @@ fn wait(client: &ControlClient, output: Output, stop: &StopRequest, until: Phase
             }
             return Ok(status);
         }
-        if status.phase == Phase::Failed || until == Phase::Done && status.phase == Phase::Following {
+        left_following |= matches!(status.phase, Phase::CuttingOver | Phase::Proving);
+        let given_up = until == Phase::Done && status.phase == Phase::Following && left_following;
+        if status.phase == Phase::Failed || given_up {
             output.object(&event("failed", &status))?;
             let refusal = status.problem;
             let (what, why, advice) = refusal.map_or_else(Default::default, |it| (it.what, it.why, it.advice));

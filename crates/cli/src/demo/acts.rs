@@ -4,7 +4,8 @@ use std::fs;
 use std::path::Path;
 use std::time::Duration;
 
-use agent::status::ProtectionState;
+use agent::status::{AgentStatus, ProtectionState};
+use replication::SequenceNumber;
 use rustix::process::Signal;
 use serde_json::{Value, json};
 use vault::{Catalog, ChainHistory};
@@ -24,14 +25,14 @@ use crate::output::{Output, Table, bytes, columns, duration_ns};
 
 /// Writes per second of the ordinary workload.
 const RATE: u64 = 800;
-/// Writes that overflow the ring: three times what it holds.
-const BURST: u64 = 3072;
+/// Writes that overflow the ring: twice what it holds.
+const BURST: u64 = 6144;
 /// Time in which the workload just runs, between two events.
 const QUIET: Duration = Duration::from_secs(4);
 /// How long the process server is gone.
 const OUTAGE: Duration = Duration::from_millis(1500);
 /// What clocks may differ by besides the measured skew: the way of a handshake on a busy machine.
-const TOLERANCE_NS: u64 = 150_000_000;
+const TOLERANCE_NS: u64 = 100_000_000;
 /// The name of the named point.
 const NAMED: &str = "before the update";
 
@@ -247,8 +248,10 @@ fn proven(proof: &Proof) -> String {
 /// Waits until everything written so far is in the vault, and proven.
 pub(crate) fn wait_committed(site: &mut Site) -> Done {
     let from = now_ns();
+    let position = |text: &str| text.parse::<SequenceNumber>().unwrap_or_default();
+    let captured = position(&site.wait_protected()?.watermarks.captured);
     site.wait_for("everything is in the vault", |status| {
-        status.state == ProtectionState::Protected && status.watermarks.committed == status.watermarks.captured
+        status.state == ProtectionState::Protected && position(&status.watermarks.committed) >= captured
     })?;
     let began = SystemClock.monotonic();
     while SystemClock.monotonic().since(began) < LIMIT {
@@ -304,6 +307,7 @@ fn kill_server(site: &mut Site, watch: &Watch, say: &impl Fn(&str) -> Done) -> D
 /// Stops the process server for so long that the ring overflows.
 fn overflow(site: &mut Site, workload: &mut Running, watch: &Watch, say: &impl Fn(&str) -> Done) -> Done {
     let before = site.wait_protected()?.writes.tracked;
+    let gaps = machine_history(site)?.gaps().len();
     site.server.signal(Signal::STOP)?;
     watch.event("the process server is suspended, and the workload writes a burst");
     workload.tell(&format!("burst {BURST}"))?;
@@ -312,13 +316,26 @@ fn overflow(site: &mut Site, workload: &mut Running, watch: &Watch, say: &impl F
     let status = overflowed?;
     watch.event("the ring has overflowed; the process server goes on");
     say(&format!("the ring overflowed: {} writes were only remembered in the maps", status.writes.tracked - before))?;
-    let healed = site.wait_protected()?;
+    let healed = wait_healed(site, gaps)?;
     watch.event("healed from the maps");
     say(&format!(
         "healed: {} compared, {} sent again, nothing else",
         bytes(healed.heal.compared_bytes),
         bytes(healed.heal.sent_bytes)
     ))
+}
+
+/// Waits until more than `gaps` gaps are recorded and none is open.
+fn wait_healed(site: &mut Site, gaps: usize) -> Done<AgentStatus> {
+    let began = SystemClock.monotonic();
+    while SystemClock.monotonic().since(began) < LIMIT {
+        let recorded = machine_history(site)?.gaps();
+        if recorded.len() > gaps && recorded.iter().all(|gap| gap.until.is_some()) {
+            return site.wait_protected();
+        }
+        rest(Duration::from_millis(100));
+    }
+    Err(mismatch("the overflow", "the ring overflowed, and no gap was recorded and closed"))
 }
 
 /// A second that will be opened.

@@ -203,7 +203,9 @@ pub(crate) fn check_file_system(image: &Path) -> Done<String> {
         .output()
         .map_err(|error| io_failure("e2fsck cannot be run", &error))?;
     let said = String::from_utf8_lossy(&output.stdout).trim().to_owned();
-    let last = said.lines().last().unwrap_or_default().to_owned();
+    // `image: 12/34 files (…), 56/78 blocks`
+    let last = said.lines().last().unwrap_or_default();
+    let last = last.rsplit_once(": ").map_or(last, |(_, figures)| figures).to_owned();
     if output.status.success() {
         return Ok(last);
     }

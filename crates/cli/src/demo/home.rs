@@ -33,7 +33,8 @@ pub(super) fn fail_over_and_return(
     if let Some(mut agent) = site.agent.take() {
         agent.kill()?;
     }
-    watch.event("the machine is lost (kill -9 of its agent)");
+    site.server.kill()?;
+    watch.event("the site is lost (kill -9 of agent and process server)");
     let branches = site.paths.state.join("branches");
     let opening =
         Opening { programs: &site.programs, vault: &site.paths.vault, key: &site.paths.recovery_key, state: &branches };
@@ -80,6 +81,7 @@ pub(super) fn fail_over_and_return(
     );
 
     // The machine's history goes on along the branch's chain, without a full resend.
+    site.restart_server()?;
     site.start_agent()?;
     let status = site.wait_protected()?;
     super::acts::wait_committed(site)?;

@@ -18,8 +18,8 @@ use crate::failure::{Done, Failure, io_failure};
 use crate::secrets;
 use crate::vault_access::entropy;
 
-/// Small, so that it overflows within seconds.
-const RING_BYTES: u64 = 4 << 20;
+/// Large enough to bridge a restart of the server, small enough to overflow within seconds.
+const RING_BYTES: u64 = 12 << 20;
 /// How long anything may take that the demo waits for.
 pub(crate) const LIMIT: Duration = Duration::from_secs(60);
 const POLL: Duration = Duration::from_millis(50);

@@ -168,7 +168,7 @@ impl Shared {
             // Nothing before the first heal ended can be opened.
             Some(gap) if gap.after == gap.after.generation().base() => return None,
             Some(gap) => gap.time.0.min(last.0),
-            None => history.proven_through.0,
+            None => history.proven_through.max(last).0,
         };
         Some(SystemClock.wall().0.saturating_sub(newest) / 1_000_000)
     }
