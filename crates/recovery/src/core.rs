@@ -9,84 +9,39 @@
 //! flush returns only when every change that was answered before is synced; a prepared manifest is put again, byte by
 //! byte, until the store answers; nothing is written under a generation that lost its name.
 //!
+//! Taking writes is here; `read` answers from the overlay and the layers below it, `seal` moves changes into the vault.
+//!
 //! A crash leaves the journal. [`BranchCore::recover`] opens the next generation, commits the tail of the old one with its
 //! old numbers, and goes on.
 
+mod read;
+mod seal;
+
 use std::collections::{BTreeMap, VecDeque};
-use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Duration;
 
 use bytes::Bytes;
-use process_server::journal::{Journal, JournalError, ManifestNumber, Record};
+use process_server::journal::{Journal, JournalError, Record};
 use replication::cut::{CutPlanner, PointClock};
-use replication::geometry::{ByteRange, LEAF_BYTES};
+use replication::geometry::ByteRange;
 use replication::limits::{CHANGE_DATA_BYTES_MAX, CHANGE_RANGE_BYTES_MAX};
-use replication::wire::OfferedLeaf;
 use replication::{
-    ChainId, Change, ChangeKind, Cut, CutKind, DiskGeometry, DiskId, LeafHash, MarkerKind, PlainLeafHash, PointTime,
-    SequenceNumber, SourceTime,
+    ChainId, Change, ChangeKind, Cut, CutKind, DiskGeometry, DiskId, MarkerKind, PointTime, SequenceNumber, SourceTime,
 };
-use vault::layer::{Host, LayerRef};
-use vault::merge::{merge_layers, plan_merges};
-use vault::segment::{SealOptions, seal_segment};
+use vault::layer::LayerRef;
 use vault::view::{ChainView, ViewBelow};
 use vault::view_source::FrameSource;
-use vault::{
-    ChainWriter, CheckpointWish, Compression, Delta, ObjectBuilder, ObjectKind, Placement, PreparedManifest,
-    VaultError, WriterSession,
-};
-use world::{Clock, Extent, ExtentKind};
+use vault::{ChainWriter, WriterSession};
+use world::Clock;
 
+use self::seal::Sealer;
+pub use self::seal::{SealConfig, SealWish, Sealed};
 use crate::error::BranchError;
 use crate::limits;
-use crate::overlay::{Content, Overlay, Touched};
-
-/// How a branch keeps and seals its writes.
-#[derive(Debug, Clone, Copy)]
-pub struct SealConfig {
-    /// Longest time that a write waits to be sealed.
-    pub seal_every: Duration,
-    /// Bytes of changes after which they are sealed at once.
-    pub seal_bytes: u64,
-    /// Most bytes of changes that are not in the vault; writes wait beyond.
-    pub unsealed_bytes_max: u64,
-    /// Threads that compress and encrypt.
-    pub workers: NonZeroUsize,
-}
-
-impl Default for SealConfig {
-    fn default() -> SealConfig {
-        SealConfig {
-            seal_every: Duration::from_secs(5),
-            seal_bytes: 16 << 20,
-            unsealed_bytes_max: 256 << 20,
-            workers: NonZeroUsize::new(2).expect("two"),
-        }
-    }
-}
-
-/// What a seal step is asked to do.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum SealWish {
-    /// Seal if it is time.
-    WhenDue,
-    /// Seal whatever there is.
-    Now,
-    /// Seal whatever there is, end the second with a cut, and leave a checkpoint: nobody will write for a while.
-    Final,
-}
-
-/// What a seal step did.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Sealed {
-    /// Nothing to do now.
-    Nothing,
-    /// A manifest was committed; there may be more to seal.
-    Committed(SequenceNumber),
-}
+use crate::overlay::{Overlay, Touched};
 
 /// Figures about a branch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -157,26 +112,6 @@ struct ReadSide {
     view: Arc<ChainView>,
 }
 
-/// A manifest under way.
-struct InFlight {
-    prepared: PreparedManifest,
-    through: SequenceNumber,
-}
-
-struct Sealer {
-    writer: ChainWriter,
-    older_layers: Vec<LayerRef>,
-    in_flight: Option<InFlight>,
-    last: world::Monotonic,
-}
-
-struct Batch {
-    changes: Vec<Change>,
-    cuts: Vec<Cut>,
-    through: SequenceNumber,
-    proven: PointTime,
-}
-
 /// See the module's documentation.
 pub struct BranchCore {
     chain: ChainId,
@@ -192,9 +127,6 @@ pub struct BranchCore {
     sealer: Mutex<Sealer>,
     fenced: AtomicBool,
 }
-
-/// Everything committed so far: views of a branch are always read at their end.
-const HEAD: SequenceNumber = SequenceNumber(u64::MAX);
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
@@ -249,7 +181,7 @@ impl BranchCore {
             last_cut: parts.writer.generation().base(),
             closed: None,
         };
-        let sealer = Sealer { writer: parts.writer, older_layers: parts.older_layers, in_flight: None, last: now };
+        let sealer = Sealer::new(parts.writer, parts.older_layers, now);
         Ok(BranchCore {
             chain,
             source: parts.source,
@@ -448,183 +380,6 @@ impl BranchCore {
         writing.journal.sync().map(drop)
     }
 
-    /// Fills `buffer` with what `disk` holds from byte `offset` on.
-    ///
-    /// # Errors
-    /// [`BranchError::Read`] names what cannot be read.
-    pub fn read(&self, disk: DiskId, offset: u64, buffer: &mut [u8]) -> Result<(), BranchError> {
-        let Some(range) = self.check(disk, offset, buffer.len() as u64)? else { return Ok(()) };
-        let (missing, views) = {
-            let reading = self.reading.read().unwrap_or_else(PoisonError::into_inner);
-            let overlay = &reading.overlays[&disk];
-            let missing = if overlay.is_empty() { vec![range] } else { overlay.read(range, buffer) };
-            let touched = &reading.touched[&disk];
-            let views: Vec<Option<Arc<ChainView>>> =
-                missing.iter().map(|part| touched.any(*part).then(|| Arc::clone(&reading.view))).collect();
-            (missing, views)
-        };
-        for (part, view) in missing.into_iter().zip(views) {
-            let out = &mut buffer[part.within(offset)];
-            match view {
-                Some(view) => view.read(HEAD, disk, part.start, out)?,
-                None => self.below.view.read(self.below.at, disk, part.start, out)?,
-            }
-        }
-        Ok(())
-    }
-
-    /// Fetches what reading `range` will need.
-    ///
-    /// # Errors
-    /// As [`BranchCore::read`], of indexes only.
-    pub fn prefetch(&self, disk: DiskId, range: ByteRange) -> Result<(), BranchError> {
-        let size = self.geometry(disk)?.size_bytes;
-        let Some(range) = ByteRange::between(range.start, range.end().min(size)) else { return Ok(()) };
-        let view = {
-            let reading = self.reading.read().unwrap_or_else(PoisonError::into_inner);
-            reading.touched[&disk].any(range).then(|| Arc::clone(&reading.view))
-        };
-        match view {
-            Some(view) => view.prefetch(HEAD, disk, range, self.config.workers)?,
-            None => self.below.view.prefetch(self.below.at, disk, range, self.config.workers)?,
-        }
-        Ok(())
-    }
-
-    /// What `range` of `disk` holds, in order and without gaps. After [`limits::EXTENTS_MAX`] pieces the rest counts as
-    /// data.
-    ///
-    /// # Errors
-    /// As [`BranchCore::read`], of indexes only.
-    pub fn extents(&self, disk: DiskId, range: Range<u64>) -> Result<Vec<Extent>, BranchError> {
-        let len = range.end.checked_sub(range.start).ok_or(BranchError::OutOfRange(disk))?;
-        let Some(range) = self.check(disk, range.start, len)? else { return Ok(Vec::new()) };
-        let (overlaid, view) = {
-            let reading = self.reading.read().unwrap_or_else(PoisonError::into_inner);
-            let kinds = reading.overlays[&disk].within(range).map(|(part, content)| {
-                let kind = match content {
-                    Content::Data(_) => ExtentKind::Data,
-                    Content::Zero => ExtentKind::Zero,
-                    Content::Discarded => ExtentKind::Hole,
-                };
-                (part, kind)
-            });
-            let overlaid: Vec<(ByteRange, ExtentKind)> = kinds.take(limits::EXTENTS_MAX).collect();
-            (overlaid, Arc::clone(&reading.view))
-        };
-        let mut map = ExtentMap { extents: Vec::new(), at: range.start };
-        for (part, kind) in overlaid {
-            map.fill_from(&view, disk, part.start)?;
-            map.push(part.end(), kind);
-        }
-        map.fill_from(&view, disk, range.end())?;
-        Ok(map.extents)
-    }
-
-    /// What the index says of each leaf of `range`, which begins at a multiple of 4 KiB: keyed hashes, zeroes, and
-    /// *unknown* where only reading can tell. Nothing is read from the data of the vault.
-    pub fn offered(&self, disk: DiskId, range: ByteRange) -> Vec<OfferedLeaf> {
-        let whole = range.widen_to(LEAF_BYTES);
-        let (overlaid, view) = {
-            let reading = self.reading.read().unwrap_or_else(PoisonError::into_inner);
-            let Some(overlay) = reading.overlays.get(&disk) else {
-                return vec![OfferedLeaf::Unknown; (whole.len / LEAF_BYTES) as usize];
-            };
-            let overlaid: Vec<(ByteRange, bool)> =
-                overlay.within(whole).map(|(part, content)| (part, matches!(content, Content::Data(_)))).collect();
-            let view = reading.touched[&disk].any(whole).then(|| Arc::clone(&reading.view));
-            (overlaid, view)
-        };
-        let hashes = match view {
-            Some(view) => view.leaf_hashes(HEAD, disk, whole),
-            None => self.below.view.leaf_hashes(self.below.at, disk, whole),
-        };
-        let zero = self.leaf_key().zero_leaf();
-        let mut leaves: Vec<OfferedLeaf> = match hashes {
-            Ok(hashes) => hashes
-                .into_iter()
-                .map(|hash| match hash {
-                    Some(hash) if hash == zero => OfferedLeaf::Zero,
-                    Some(hash) => OfferedLeaf::Hash(hash.0),
-                    None => OfferedLeaf::Unknown,
-                })
-                .collect(),
-            Err(error) => {
-                tracing::warn!(%disk, range = %whole, %error, "an index cannot be read; its leaves are sent unseen");
-                vec![OfferedLeaf::Unknown; (whole.len / LEAF_BYTES) as usize]
-            }
-        };
-        for (part, is_data) in overlaid {
-            let first = (part.start - whole.start) / LEAF_BYTES;
-            let last = (part.end() - 1 - whole.start) / LEAF_BYTES;
-            for index in first..=last {
-                let leaf = ByteRange::new(whole.start + index * LEAF_BYTES, LEAF_BYTES);
-                let all_zero = !is_data && part.start <= leaf.start && leaf.end() <= part.end();
-                leaves[index as usize] = if all_zero { OfferedLeaf::Zero } else { OfferedLeaf::Unknown };
-            }
-        }
-        leaves
-    }
-
-    /// The keyed hash of each leaf of `range`; leaves that the index does not know are read.
-    ///
-    /// # Errors
-    /// As [`BranchCore::read`].
-    pub fn leaf_hashes(&self, disk: DiskId, range: ByteRange) -> Result<Vec<LeafHash>, BranchError> {
-        let size = self.geometry(disk)?.size_bytes;
-        let key = self.leaf_key();
-        let zero = key.zero_leaf();
-        let mut at = range.start;
-        let mut buffer = [0; LEAF_BYTES as usize];
-        self.offered(disk, range)
-            .into_iter()
-            .map(|leaf| {
-                let len = LEAF_BYTES.min(size - at) as usize;
-                let start = at;
-                at += LEAF_BYTES;
-                match leaf {
-                    OfferedLeaf::Zero => Ok(zero),
-                    OfferedLeaf::Hash(hash) => Ok(LeafHash(hash)),
-                    OfferedLeaf::Unknown | OfferedLeaf::Unreadable => {
-                        self.read(disk, start, &mut buffer[..len])?;
-                        Ok(key.leaf(PlainLeafHash::of(&buffer[..len])))
-                    }
-                }
-            })
-            .collect()
-    }
-
-    /// Does one bounded piece of sealing: at most one segment and one merge.
-    ///
-    /// # Errors
-    /// Retryable errors of the store: call again later, nothing is lost. [`BranchError::TakenOver`]: final.
-    pub fn seal_step(&self, wish: SealWish) -> Result<Sealed, BranchError> {
-        if self.fenced.load(Ordering::Relaxed) {
-            return Err(BranchError::TakenOver { branch: self.chain });
-        }
-        let mut sealer = lock(&self.sealer);
-        if sealer.in_flight.is_none() {
-            let Some(batch) = self.take_batch(&sealer, wish) else { return Ok(Sealed::Nothing) };
-            let checkpoint = if wish == SealWish::Final { CheckpointWish::Now } else { CheckpointWish::WhenDue };
-            let in_flight = self.prepare(&sealer.writer, &batch, checkpoint)?;
-            sealer.in_flight = Some(in_flight);
-        }
-        let through = self.put(&mut sealer)?;
-        sealer.last = self.clock.monotonic();
-        self.committed(&sealer, through)?;
-        self.merge(&mut sealer)?;
-        Ok(Sealed::Committed(through))
-    }
-
-    /// Seals everything written so far.
-    ///
-    /// # Errors
-    /// As [`BranchCore::seal_step`].
-    pub fn seal_all(&self, wish: SealWish) -> Result<(), BranchError> {
-        while let Sealed::Committed(_) = self.seal_step(wish)? {}
-        Ok(())
-    }
-
     /// No write is taken any more; reads go on.
     pub fn close(&self, reason: &str) {
         lock(&self.writing).closed.get_or_insert(reason.to_owned());
@@ -634,183 +389,6 @@ impl BranchCore {
     /// Takes back a [`BranchCore::close`] that came to nothing.
     pub(crate) fn open_again(&self) {
         lock(&self.writing).closed = None;
-    }
-
-    fn take_batch(&self, sealer: &Sealer, wish: SealWish) -> Option<Batch> {
-        let mut writing = lock(&self.writing);
-        let now = self.clock.monotonic();
-        let due = wish != SealWish::WhenDue
-            || writing.pending_bytes >= self.config.seal_bytes
-            || now.since(sealer.last) >= self.config.seal_every;
-        if !due {
-            return None;
-        }
-        let now = writing.clock.stamp(SourceTime(now.0));
-        let ended = match wish {
-            SealWish::Final if writing.sequence > writing.last_cut => writing.planner.close(CutKind::GenerationEnd),
-            _ => writing.planner.proven(now),
-        };
-        writing.add_cuts(ended);
-        let mut bytes = 0;
-        let mut count = 0;
-        let mut end = 0;
-        for (index, change) in writing.pending.iter().enumerate() {
-            bytes += weight(change);
-            count += 1;
-            if !change.continues {
-                end = index + 1;
-                if bytes >= limits::SEGMENT_BYTES_MAX || count >= limits::SEGMENT_CHANGES_MAX {
-                    break;
-                }
-            }
-        }
-        let changes: Vec<Change> = writing.pending.range(..end).cloned().collect();
-        let all = end == writing.pending.len();
-        let through = changes.last().map_or(sealer.writer.through(), |last| last.sequence);
-        let cuts: Vec<Cut> = writing.cuts.iter().filter(|cut| cut.sequence <= through).cloned().collect();
-        if changes.is_empty() && cuts.is_empty() {
-            return None;
-        }
-        let proven = if all { now } else { PointTime(changes.last().map_or(0, |last| last.time.0)) };
-        Some(Batch { changes, cuts, through, proven: proven.max(sealer.writer.proven_through()) })
-    }
-
-    fn prepare(
-        &self,
-        writer: &ChainWriter,
-        batch: &Batch,
-        checkpoint: CheckpointWish,
-    ) -> Result<InFlight, BranchError> {
-        let barriers: Vec<SequenceNumber> = batch.cuts.iter().map(|cut| cut.sequence).collect();
-        let options =
-            SealOptions { leaf_key: self.leaf_key(), compression: Compression::Fast, workers: self.config.workers };
-        let data_bytes: u64 = batch.changes.iter().map(|change| change.kind.data_len() as u64).sum();
-        let mut builder = writer.begin();
-        let layer = if data_bytes <= limits::INLINE_SEGMENT_BYTES_MAX {
-            seal_segment(&batch.changes, &barriers, &mut builder.object, Host::ThisManifest, &options)?.layer
-        } else {
-            let name = self.session.segment_name(self.chain, writer.generation());
-            let placement = Placement::on_chain(ObjectKind::Segment, self.chain, writer.generation());
-            let mut object = ObjectBuilder::new(&self.session, placement, name.clone());
-            let sealed = seal_segment(&batch.changes, &barriers, &mut object, Host::Object(name), &options)?;
-            let root = sealed.layer.as_ref().map(|layer| layer.root);
-            object.finish(root).put(self.source.store().as_ref()).map_err(VaultError::from)?;
-            sealed.layer
-        };
-        let delta = Delta {
-            through: batch.through,
-            proven_through: batch.proven,
-            layers: layer.into_iter().collect(),
-            cuts: batch.cuts.clone(),
-            ..Delta::default()
-        };
-        let prepared = writer.prepare(builder, delta, checkpoint)?;
-        Ok(InFlight { prepared, through: batch.through })
-    }
-
-    /// Puts the manifest under way, the same bytes each time.
-    fn put(&self, sealer: &mut Sealer) -> Result<SequenceNumber, BranchError> {
-        let in_flight = sealer.in_flight.take().expect("something is under way");
-        match sealer.writer.put(&in_flight.prepared) {
-            Ok(()) => Ok(in_flight.through),
-            Err(VaultError::Fenced { number }) => {
-                self.fenced.store(true, Ordering::Relaxed);
-                self.room.notify_all();
-                tracing::error!(branch = %self.chain, number, "another writer took over the chain of the branch");
-                Err(BranchError::TakenOver { branch: self.chain })
-            }
-            // The batch is taken again under the next number.
-            Err(error @ VaultError::NumberBurnt { .. }) => Err(error.into()),
-            Err(error) => {
-                sealer.in_flight = Some(in_flight);
-                Err(error.into())
-            }
-        }
-    }
-
-    /// The vault has everything through `through`: read it from there.
-    fn committed(&self, sealer: &Sealer, through: SequenceNumber) -> Result<(), BranchError> {
-        self.show_layers(sealer, through);
-        let mut writing = lock(&self.writing);
-        while writing.pending.front().is_some_and(|change| change.sequence <= through) {
-            let change = writing.pending.pop_front().expect("there is a front");
-            writing.pending_bytes -= weight(&change);
-        }
-        writing.cuts.retain(|cut| cut.sequence > through);
-        self.room.notify_all();
-        let number = ManifestNumber(sealer.writer.head().number);
-        let record = Record::Committed { chain: self.chain, through, number };
-        let noted = writing.journal.append(&record).and_then(|_| writing.journal.sync());
-        match noted {
-            Ok(_) => Ok(()),
-            // The record only frees room; the next commit says it again.
-            Err(error) => Ok(self.renew_journal(&mut writing, &error)?),
-        }
-    }
-
-    fn show_layers(&self, sealer: &Sealer, through: SequenceNumber) {
-        let layers = [sealer.older_layers.clone(), sealer.writer.state().layers.clone()].concat();
-        let view = Arc::new(ChainView::new(Arc::clone(&self.source), layers, Some(self.below.clone())));
-        let mut reading = self.reading.write().unwrap_or_else(PoisonError::into_inner);
-        reading.view = view;
-        for overlay in reading.overlays.values_mut() {
-            overlay.drop_through(through);
-        }
-    }
-
-    fn merge(&self, sealer: &mut Sealer) -> Result<(), BranchError> {
-        let layers = &sealer.writer.state().layers;
-        let Some(picked) = plan_merges(layers) else { return Ok(()) };
-        let picked: Vec<LayerRef> = picked.into_iter().map(|index| layers[index].clone()).collect();
-        let merged = merge_layers(&self.source, &picked, &self.session, self.chain, sealer.writer.generation())?;
-        let delta = Delta {
-            through: sealer.writer.through(),
-            proven_through: sealer.writer.proven_through(),
-            layers: vec![merged],
-            ..Delta::default()
-        };
-        let builder = sealer.writer.begin();
-        let prepared = sealer.writer.prepare(builder, delta, CheckpointWish::WhenDue)?;
-        let through = sealer.writer.through();
-        sealer.in_flight = Some(InFlight { prepared, through });
-        self.put(sealer)?;
-        self.show_layers(sealer, through);
-        Ok(())
-    }
-}
-
-/// Extents being put together from the overlay and the view below it.
-struct ExtentMap {
-    extents: Vec<Extent>,
-    at: u64,
-}
-
-impl ExtentMap {
-    fn push(&mut self, end: u64, kind: ExtentKind) {
-        let full = self.extents.len() >= limits::EXTENTS_MAX;
-        match self.extents.last_mut() {
-            Some(last) if last.kind == kind => last.range.end = end,
-            Some(last) if full => {
-                last.kind = ExtentKind::Data;
-                last.range.end = end;
-            }
-            _ => self.extents.push(Extent { range: self.at..end, kind }),
-        }
-        self.at = end;
-    }
-
-    fn fill_from(&mut self, view: &ChainView, disk: DiskId, end: u64) -> Result<(), BranchError> {
-        while let Some(rest) = ByteRange::between(self.at, end) {
-            if self.extents.len() >= limits::EXTENTS_MAX {
-                self.push(end, ExtentKind::Data);
-                break;
-            }
-            let room = limits::EXTENTS_MAX - self.extents.len();
-            for extent in view.extents(HEAD, disk, rest, room)? {
-                self.push(extent.range.end, extent.kind);
-            }
-        }
-        Ok(())
     }
 }
 

@@ -2,13 +2,13 @@
 
 #![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
 
-mod common;
+mod history;
 
 use std::ops::Range;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use common::{CHAIN, DISK, EPOCH, MACHINE, World, noise};
+use history::{CHAIN, DISK, EPOCH, MACHINE, World, noise};
 use proptest::prelude::*;
 use recovery::{Branch, BranchError, BranchRunner, SealWish};
 use replication::{CutKind, DiskId, MarkerKind, PointTime};

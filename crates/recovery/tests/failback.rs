@@ -2,14 +2,14 @@
 
 #![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
 
-mod common;
+mod history;
 
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use common::{CHAIN, DISK, MACHINE, World, noise};
+use history::{CHAIN, DISK, MACHINE, World, noise};
 use recovery::control::{Command, HomeAddress};
 use recovery::{
     Branch, BranchError, BranchRunner, ControlClient, ControlServer, Failback, FailbackConfig, FailbackStatus,

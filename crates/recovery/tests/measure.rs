@@ -5,7 +5,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
 
-mod common;
+mod history;
 
 use std::io::Write;
 use std::path::PathBuf;
@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
-use common::{CHAIN, DISK, History, TestClock, World, noise};
+use history::{CHAIN, DISK, History, TestClock, World, noise};
 use recovery::{BranchConfig, BranchHost, BranchRunner, export};
 use replication::{Generation, PointTime};
 use vault::keys::PassphraseCost;
@@ -126,7 +126,7 @@ fn open_a_day() {
     let Some(folder) = folder("open_a_day") else { return };
     let counting = Arc::new(Counting { inner: store(&folder), reads: AtomicU64::new(0), bytes: AtomicU64::new(0) });
     let host = host(&folder, Arc::clone(&counting) as Arc<dyn Store>);
-    let middle = Moment::At(PointTime((common::EPOCH + SEALS / 2) * 1_000_000_000));
+    let middle = Moment::At(PointTime((history::EPOCH + SEALS / 2) * 1_000_000_000));
     for (name, moment) in [("latest", Moment::Latest), ("the middle of the day", middle)] {
         counting.reads.store(0, Ordering::Relaxed);
         counting.bytes.store(0, Ordering::Relaxed);

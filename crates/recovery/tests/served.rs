@@ -2,7 +2,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
 
-mod common;
+mod history;
 #[path = "../../nbd/tests/tools/mod.rs"]
 #[allow(dead_code, reason = "shared with the tests of the server")]
 mod tools;
@@ -10,7 +10,7 @@ mod tools;
 use std::process::Command;
 use std::sync::Arc;
 
-use common::{CHAIN, DISK, World, noise};
+use history::{CHAIN, DISK, World, noise};
 use recovery::{BranchRunner, export};
 use replication::DiskId;
 use vault::Moment;
