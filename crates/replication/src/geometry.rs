@@ -157,7 +157,7 @@ impl DiskGeometry {
             logical_sector_bytes: input.u32("logical sector size")?,
             physical_sector_bytes: input.u32("physical sector size")?,
         };
-        if geometry.size_bytes % SECTOR_BYTES != 0 || geometry.size_bytes > limits::DISK_BYTES_MAX {
+        if !geometry.size_bytes.is_multiple_of(SECTOR_BYTES) || geometry.size_bytes > limits::DISK_BYTES_MAX {
             return Err(DecodeError::Inconsistent("a disk's size is not a whole number of sectors up to 8 EiB"));
         }
         Ok(geometry)

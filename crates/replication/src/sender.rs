@@ -117,7 +117,7 @@ impl Sender {
         gap_count: u64,
         cleared: Option<(ChainId, SequenceNumber)>,
     ) -> Sender {
-        assert!(config.heal_chunk_bytes % crate::geometry::GRANULE_BYTES == 0, "chunks are whole granules");
+        assert!(config.heal_chunk_bytes.is_multiple_of(crate::geometry::GRANULE_BYTES), "chunks are whole granules");
         let stream = match need {
             HealNeed::Nothing => StreamState::Whole,
             _ => StreamState::Broken { at: SequenceNumber(0), cause: "the agent started".into() },

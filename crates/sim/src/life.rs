@@ -144,7 +144,7 @@ impl World {
     fn new(seed: u64, bug: Option<Bug>) -> World {
         let mut rng = Rng::new(seed);
         let time = TrueTime::default();
-        let vault_files = SimFiles::new(rng.next());
+        let vault_files = SimFiles::new(rng.draw());
         let entropy: Arc<dyn Entropy> = Arc::new(SimEntropy::new(rng.fork()));
         let clock: Arc<dyn Clock> = Arc::new(SimClock::booting_now(&time));
         let folder = FolderStore::new(Arc::new(vault_files.clone()), &*entropy, "the simulated vault");
@@ -164,7 +164,7 @@ impl World {
                 let keys =
                     unlocked.grant_writer(WriterRole::ProcessServer, name, &entropy, &clock).expect("the owner grants");
                 let rng = rng.fork();
-                SimServer::new(name, source.machine, dyn_store.clone(), &keys, &time, rng, bug, 2 << 20)
+                SimServer::new(name, source.machine, dyn_store.clone(), &keys, &time, rng, bug)
             })
             .collect();
         let cache = CacheBytes { index: 1 << 20, data: 1 << 20, resolved: 1 << 20 };
@@ -394,7 +394,7 @@ impl World {
         self.count(Fault::Garbage);
         let Some(chain) = self.chain() else { return };
         let number = u64::MAX - self.rng.below(2000);
-        let name = format!("chains/{chain}/m/{number:016x}-{:032x}", u128::from(self.rng.next()));
+        let name = format!("chains/{chain}/m/{number:016x}-{:032x}", u128::from(self.rng.draw()));
         let mut bytes = vec![0; self.rng.below(2000) as usize];
         self.rng.fill(&mut bytes);
         if let Ok(name) = vault::ObjectName::new(&name) {

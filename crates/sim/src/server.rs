@@ -77,6 +77,9 @@ struct Running {
     node: Option<Node>,
 }
 
+/// What a journal may take on its disk: little, as a life is short.
+const JOURNAL_BYTES: u64 = 2 << 20;
+
 /// One machine's ingest and pipeline.
 struct Node {
     ingest: Ingest,
@@ -99,7 +102,6 @@ pub struct SimServer {
     rng: Rng,
     running: Option<Running>,
     bug: Option<Bug>,
-    journal_bytes: u64,
     /// Reasons for which pipelines ended, newest last.
     pub ends: Vec<String>,
     /// Reasons for which sessions were refused or closed by this side, newest last.
@@ -116,19 +118,17 @@ impl SimServer {
         time: &TrueTime,
         mut rng: Rng,
         bug: Option<Bug>,
-        journal_bytes: u64,
     ) -> SimServer {
         SimServer {
             name,
             machine,
-            files: SimFiles::new(rng.next()),
+            files: SimFiles::new(rng.draw()),
             store,
             keys: keys.to_bytes().to_vec(),
             clock: SimClock::booting_now(time),
             rng,
             running: None,
             bug,
-            journal_bytes,
             ends: Vec::new(),
             closed: Vec::new(),
         }
@@ -154,7 +154,7 @@ impl SimServer {
         let clock: Arc<dyn Clock> = Arc::new(self.clock.clone());
         let files: Arc<dyn world::Files> = Arc::new(self.files.clone());
         let host = HostKey::load_or_create(&*files, "journal", &*dyn_entropy).expect("the state directory works");
-        let config = JournalConfig { bytes_max: self.journal_bytes, file_bytes_max: self.journal_bytes / 8 };
+        let config = JournalConfig { bytes_max: JOURNAL_BYTES, file_bytes_max: JOURNAL_BYTES / 8 };
         let (journal, recovered) =
             Journal::open(Arc::clone(&files), Arc::clone(&dyn_entropy), "journal", config, &host)
                 .unwrap_or_else(|error| panic!("{}: the journal cannot be opened after a crash: {error}", self.name));
@@ -214,7 +214,7 @@ impl SimServer {
     pub fn lose(&mut self) {
         self.hang_up();
         self.running = None;
-        self.files = SimFiles::new(self.rng.next());
+        self.files = SimFiles::new(self.rng.draw());
     }
 
     fn hang_up(&mut self) {

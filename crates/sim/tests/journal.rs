@@ -136,7 +136,7 @@ struct World {
 impl World {
     fn new(seed: u64) -> World {
         let mut random = Rng::new(seed);
-        let files = SimFiles::new(random.next());
+        let files = SimFiles::new(random.draw());
         let file_bytes_max = (64 << 10) + random.below(64 << 10);
         let bytes_max = file_bytes_max * (4 + random.below(6));
         World {
@@ -174,7 +174,7 @@ impl World {
                 ChangeKind::Write { range, data: data.into() }
             }
         };
-        let time = SourceTime(self.random.next());
+        let time = SourceTime(self.random.draw());
         Change { sequence: SequenceNumber(sequence), time, disk: DiskId(1), continues: self.random.one_in(4), kind }
     }
 

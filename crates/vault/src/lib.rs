@@ -13,9 +13,9 @@
 pub mod catalog;
 pub mod chain;
 pub mod error;
-pub mod keys;
 pub mod image;
 mod image_map;
+pub mod keys;
 pub mod layer;
 pub mod layout;
 pub mod limits;
@@ -38,18 +38,18 @@ mod table_root;
 mod table_sink;
 #[cfg(test)]
 mod table_tests;
-pub mod verify;
 pub mod vault;
+pub mod verify;
 pub mod view;
 mod view_cache;
-mod view_paint;
-mod view_resolve;
 #[cfg(test)]
 mod view_fixture;
 #[cfg(test)]
 mod view_golden;
 #[cfg(test)]
 mod view_measure;
+mod view_paint;
+mod view_resolve;
 pub mod view_source;
 #[cfg(test)]
 mod view_tests;
@@ -63,5 +63,5 @@ pub use object::{
     Compression, FrameClass, FrameRef, FrameSealer, ObjectBuilder, ObjectKind, ObjectReader, Placement, SealedObject,
 };
 pub use points::{Moment, Point, PointError, Points};
-pub use vault::{Credential, UnlockedVault, Vault};
 pub use store::{FolderStore, ObjectName, ObjectStoreAdapter, Store, StoreError, probe_create_only};
+pub use vault::{Credential, UnlockedVault, Vault};

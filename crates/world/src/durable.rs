@@ -101,12 +101,7 @@ pub fn is_temporary(name: &str) -> bool {
     name.ends_with(TEMPORARY_SUFFIX)
 }
 
-fn write_synced(
-    files: &dyn Files,
-    path: &str,
-    parts: &[&[u8]],
-    readers: Readers,
-) -> io::Result<Box<dyn AppendFile>> {
+fn write_synced(files: &dyn Files, path: &str, parts: &[&[u8]], readers: Readers) -> io::Result<Box<dyn AppendFile>> {
     let create = || match readers {
         Readers::Any => files.create_new(path),
         Readers::Owner => files.create_new_private(path),
