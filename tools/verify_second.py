@@ -13,6 +13,7 @@ Exit code 0: everything is equal. 1: something differs, or the vault is damaged.
 
 import argparse
 import datetime
+import functools
 import json
 import os
 import shutil
@@ -41,6 +42,7 @@ def mix(number):
     return z ^ (z >> 31)
 
 
+@functools.lru_cache(maxsize=1 << 15)
 def block(seed, number, offset):
     """The block that write `number` put at byte `offset`."""
     words = [MAGIC, seed, number, offset]

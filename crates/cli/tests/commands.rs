@@ -1,0 +1,388 @@
+//! The command line as people and scripts meet it: help texts, messages, exit codes. Runs the real program.
+//!
+//! Help texts are compared with `tests/golden`; `FARSHORE_BLESS=1` writes them anew.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+
+use tempfile::TempDir;
+
+/// The user and group that owns nothing.
+const NOBODY: u32 = 65534;
+const PASSPHRASE: &str = "correct horse battery staple";
+
+struct World {
+    folder: TempDir,
+}
+
+struct Said {
+    code: i32,
+    out: String,
+    err: String,
+}
+
+impl Said {
+    fn of(output: Output) -> Said {
+        Said {
+            code: output.status.code().expect("it was not killed"),
+            out: String::from_utf8(output.stdout).expect("UTF-8"),
+            err: String::from_utf8(output.stderr).expect("UTF-8"),
+        }
+    }
+}
+
+impl World {
+    fn new() -> World {
+        let world = World { folder: tempfile::tempdir().expect("a temporary folder") };
+        fs::write(world.path("passphrase"), format!("{PASSPHRASE}\n")).expect("written");
+        world
+    }
+
+    /// A world with a vault in `vault` whose recovery key is in `key`.
+    fn with_vault() -> World {
+        let world = World::new();
+        let said = world.run("vault init --vault vault --passphrase-file passphrase --recovery-key-to key");
+        assert_eq!(said.code, 0, "{}", said.err);
+        world
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// `farshore` with these words, in the folder, without a terminal.
+    fn command(&self, words: &str) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_farshore"));
+        for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("FARSHORE_")) {
+            command.env_remove(name);
+        }
+        command
+            .args(words.split_whitespace())
+            .current_dir(self.folder.path())
+            .env("COLUMNS", "100")
+            .stdin(Stdio::null());
+        command
+    }
+
+    fn run(&self, words: &str) -> Said {
+        Said::of(self.command(words).output().expect("the program runs"))
+    }
+
+    /// Runs it and expects this failure: exit code, and the three parts of the message.
+    #[track_caller]
+    fn fails(&self, words: &str, code: i32, message: &str) {
+        let said = self.run(words);
+        assert_eq!((said.code, said.err.trim_end()), (code, message), "farshore {words}\nout: {}", said.out);
+    }
+}
+
+#[test]
+fn help_texts_are_as_reviewed() {
+    let world = World::new();
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
+    let bless = std::env::var_os("FARSHORE_BLESS").is_some();
+    for verb in [
+        "",
+        "server",
+        "token new",
+        "vault",
+        "vault init",
+        "vault status",
+        "vault machines",
+        "vault points",
+        "vault verify",
+        "vault key",
+        "vault key check",
+        "vault grant",
+        "branch",
+        "branch open",
+        "branch reopen",
+        "branch list",
+        "branch discard",
+        "branch export",
+        "failback",
+        "demo",
+        "config check",
+        "completion",
+    ] {
+        let said = world.run(&format!("{verb} --help"));
+        assert_eq!((said.code, said.err.as_str()), (0, ""), "{verb}");
+        let file = folder
+            .join(format!("help-{}.txt", if verb.is_empty() { "farshore".into() } else { verb.replace(' ', "-") }));
+        if bless {
+            fs::write(&file, &said.out).expect("written");
+            continue;
+        }
+        let golden = fs::read_to_string(&file).unwrap_or_default();
+        assert_eq!(said.out, golden, "{} differs; look, then FARSHORE_BLESS=1", file.display());
+    }
+}
+
+#[test]
+fn a_new_vault_is_made_once() {
+    let world = World::new();
+    let said = world.run("--json vault init --vault vault --passphrase-file passphrase");
+    assert_eq!(said.code, 0, "{}", said.err);
+    let object: serde_json::Value = serde_json::from_str(&said.out).expect("one object");
+    let words = object["recovery_key"].as_str().expect("shown once").to_owned();
+    assert_eq!(words.split_whitespace().count(), 24);
+    fs::write(world.path("key"), &words).expect("written");
+
+    let again = world.run("vault init --vault vault --passphrase-file passphrase");
+    assert_eq!(again.code, 3, "{}", again.err);
+    assert!(again.err.contains("already holds the vault"), "{}", again.err);
+
+    let fingerprint = object["fingerprint"].as_str().expect("text");
+    for key in ["--passphrase-file passphrase", "--recovery-key-file key"] {
+        let said = world.run(&format!("vault key check --vault vault {key}"));
+        assert_eq!(said.code, 0, "{}", said.err);
+        assert!(said.out.contains(fingerprint), "{}", said.out);
+    }
+    let status = world.run("vault status --vault vault");
+    assert!(status.code == 0 && status.out.contains(fingerprint) && status.out.contains("locked"), "{}", status.out);
+    let verified = world.run("vault verify --vault vault --recovery-key-file key");
+    assert!(verified.code == 0 && verified.out.contains("the vault is sound"), "{}{}", verified.out, verified.err);
+}
+
+#[test]
+fn the_recovery_key_file_is_private_and_not_in_the_vault() {
+    let world = World::with_vault();
+    let mode = fs::metadata(world.path("key")).expect("there").permissions().mode();
+    assert_eq!(mode & 0o777, 0o600);
+    world.fails(
+        "vault init --vault other --passphrase-file passphrase --recovery-key-to other/key",
+        4,
+        "error: other/key lies in the vault itself\n       whoever holds the vault would hold its key\n       name a file elsewhere",
+    );
+}
+
+#[test]
+fn wrong_keys_are_told_apart() {
+    let world = World::with_vault();
+    fs::write(world.path("wrong"), "another passphrase").expect("written");
+    world.fails(
+        "vault key check --vault vault --passphrase-file wrong",
+        1,
+        "error: the passphrase does not open this vault\n       none of its key slots accepted it\n       check keyboard \
+         layout and capitals and try again, or use the recovery key: --recovery-key-file",
+    );
+    let said = world.run("vault init --vault second --passphrase-file passphrase --recovery-key-to second-key");
+    assert_eq!(said.code, 0);
+    let foreign = world.run("vault machines --vault vault --recovery-key-file second-key");
+    assert_eq!(foreign.code, 1);
+    assert!(foreign.err.contains("it belongs to another one"), "{}", foreign.err);
+    let key = fs::read_to_string(world.path("key")).expect("there");
+    let third = key.lines().nth(1).expect("words").split(' ').nth(2).expect("a word").to_owned();
+    fs::write(world.path("typo"), key.replacen(&third, "xxxxxx", 1)).expect("written");
+    let typo = world.run("vault key check --vault vault --recovery-key-file typo");
+    assert_eq!(typo.code, 2, "{}", typo.err);
+    assert!(typo.err.contains("word 3"), "{}", typo.err);
+    fs::write(world.path("empty"), "\n").expect("written");
+    world.fails(
+        "vault key check --vault vault --passphrase-file empty",
+        2,
+        "error: the passphrase file empty is empty\n       put the passphrase into it",
+    );
+}
+
+#[test]
+fn nothing_is_asked_without_a_terminal() {
+    let world = World::with_vault();
+    let nobody = "error: a passphrase is needed and there is no terminal to ask on\n       questions are asked of people \
+                  only\n       give --passphrase-file, --recovery-key-file, or FARSHORE_PASSPHRASE in the environment";
+    for words in ["vault machines --vault vault", "branch list --vault vault", "vault init --vault new"] {
+        world.fails(words, 2, nobody);
+    }
+    assert_eq!(fs::read_dir(world.path("new")).expect("made").count(), 0, "nothing was written");
+}
+
+#[test]
+fn places_that_are_no_vaults_are_named() {
+    let world = World::with_vault();
+    fs::write(world.path("file"), "hello").expect("written");
+    fs::create_dir(world.path("empty")).expect("made");
+    fs::create_dir(world.path("full")).expect("made");
+    fs::write(world.path("full/notes"), "hello").expect("written");
+    fs::create_dir(world.path("garbage")).expect("made");
+    fs::write(world.path("garbage/vault"), "hello").expect("written");
+    for (place, says) in [
+        ("file", "it is a file, not a folder"),
+        ("missing", "there is no such folder"),
+        ("empty", "it is empty"),
+        ("full", "it holds files, but no vault header"),
+        ("garbage", "the file named \"vault\" is not a vault header"),
+    ] {
+        let said = world.run(&format!("vault status --vault {place}"));
+        assert!(said.code == 1 && said.err.contains(says), "{place}: {}", said.err);
+        assert_eq!(said.err.lines().filter(|line| line.starts_with("error: ")).count(), 1, "{}", said.err);
+        assert!(said.err.lines().count() >= 2, "what to do is missing: {}", said.err);
+    }
+    // A vault is not made among other people's files.
+    let said = world.run("vault init --vault full --passphrase-file passphrase");
+    assert!(said.code == 1 && said.err.contains("it holds other files"), "{}", said.err);
+    let said = world.run("vault init --vault file --passphrase-file passphrase");
+    assert!(said.code == 1 && said.err.contains("it is a file"), "{}", said.err);
+}
+
+#[test]
+fn a_vault_of_a_newer_format_and_a_damaged_one_are_told_apart() {
+    let world = World::with_vault();
+    let path = world.path("vault/vault");
+    let bytes = fs::read(&path).expect("there");
+    // The format's version stands behind the eight bytes of magic (docs/formats).
+    let mut newer = bytes.clone();
+    newer[8] = newer[8].wrapping_add(1);
+    replace(&path, &newer);
+    let said = world.run("vault status --vault vault");
+    assert!(said.code == 1 && said.err.contains("use a newer Farshore"), "{}", said.err);
+    let mut damaged = bytes.clone();
+    let last = damaged.len() - 1;
+    damaged[last] ^= 1;
+    replace(&path, &damaged);
+    let said = world.run("vault status --vault vault");
+    assert!(said.code == 1 && said.err.contains("is damaged"), "{}", said.err);
+    replace(&path, &bytes);
+    assert_eq!(world.run("vault status --vault vault").code, 0);
+}
+
+fn replace(path: &Path, bytes: &[u8]) {
+    fs::remove_file(path).expect("removed");
+    fs::write(path, bytes).expect("written");
+}
+
+#[test]
+fn a_folder_that_takes_no_writes_is_refused() {
+    let world = World::new();
+    fs::create_dir(world.path("locked")).expect("made");
+    fs::set_permissions(world.path("locked"), fs::Permissions::from_mode(0o555)).expect("changed");
+    let mut command = world.command("vault init --vault locked --passphrase-file passphrase");
+    if fs::write(world.path("locked/probe"), "x").is_ok() {
+        // Permissions do not hold root back: the program runs as somebody else.
+        fs::remove_file(world.path("locked/probe")).expect("removed");
+        fs::set_permissions(world.folder.path(), fs::Permissions::from_mode(0o755)).expect("changed");
+        command.uid(NOBODY).gid(NOBODY);
+    }
+    let Ok(output) = command.output() else {
+        println!("SKIPPED: read-only folder: the program cannot be run as an ordinary user");
+        return;
+    };
+    let said = Said::of(output);
+    assert!(said.code == 1 && said.err.contains("read-only"), "{}", said.err);
+    assert_eq!(fs::read_dir(world.path("locked")).expect("there").count(), 0);
+}
+
+#[test]
+fn foreign_objects_in_the_vault_are_found_by_verify() {
+    let world = World::with_vault();
+    fs::create_dir_all(world.path("vault/packs/00")).expect("made");
+    fs::write(world.path("vault/packs/00/11"), "not ours").expect("written");
+    let said = world.run("vault verify --vault vault --recovery-key-file key");
+    assert_eq!(said.code, 1);
+    assert!(said.out.contains("packs/00/11") && said.out.contains("it is not a Farshore object"), "{}", said.out);
+    assert!(said.err.starts_with("error: 1 objects are damaged"), "{}", said.err);
+}
+
+#[test]
+fn machines_branches_and_moments_that_are_not_there() {
+    let world = World::with_vault();
+    let key = "--vault vault --recovery-key-file key";
+    world.fails(
+        &format!("vault points web {key}"),
+        1,
+        "error: no machine or branch is named \"web\"\n       this vault protects no machine yet\n       see `farshore vault \
+         machines` and `farshore branch list`",
+    );
+    world.fails(
+        &format!("branch open --at -9y {key}"),
+        2,
+        "error: \"-9y\" is no moment\n       a way back is a whole number and s, m, h or d, such as -90s\n       Moment: latest, \
+         latest-app, \"2026-11-22 14:03:07\" (UTC), -90s (m, h, d), @<sequence>, or a marker's name",
+    );
+    world.fails(
+        &format!("branch export --to passphrase {key}"),
+        4,
+        "error: passphrase exists already\n       an export never overwrites a file\n       name another file, or remove it first",
+    );
+    world.fails(
+        "failback failover --to passphrase --state-dir states",
+        1,
+        &format!(
+            "error: no branch \"failover\" has state in {}\n       a branch is brought home by the host that serves it\n       \
+             name the state directory it was opened with, with --state-dir",
+            world.folder.path().canonicalize().expect("there").join("states").display()
+        ),
+    );
+    let none = world.run(&format!("branch list {key}"));
+    assert_eq!((none.code, none.out.as_str()), (0, "there is no branch\n"));
+}
+
+#[test]
+fn grants_and_tokens_come_from_the_command_line() {
+    let world = World::with_vault();
+    let key = "--vault vault --recovery-key-file key";
+    let grant = format!("vault grant {key} --label ps1 --state-dir state");
+    assert_eq!(world.run(&grant).code, 0);
+    let mode = fs::metadata(world.path("state/writer.keys")).expect("there").permissions().mode();
+    assert_eq!(mode & 0o777, 0o600);
+    assert_eq!(world.run(&grant).code, 3, "a server that has its keys keeps them");
+    let shown = world.run(&format!("--json vault key show {key}"));
+    assert!(shown.out.contains("\"label\":\"ps1\""), "{}", shown.out);
+
+    let root = world.folder.path().canonicalize().expect("there");
+    let config =
+        format!("state_dir = {:?}\nvault = {:?}\nlisten = \"127.0.0.1:0\"\n", root.join("state"), root.join("vault"));
+    fs::write(world.path("server.toml"), &config).expect("written");
+    assert_eq!(world.run("config check server.toml").code, 0);
+    let token = world.run("--json token new --config server.toml --address ps1.example:7443");
+    let object: serde_json::Value = serde_json::from_str(&token.out).expect("one object");
+    assert!(object["token"].as_str().expect("text").starts_with("farshore-join-"), "{}", token.out);
+    assert_eq!(object["addresses"][0], "ps1.example:7443");
+}
+
+#[test]
+fn configuration_mistakes_name_line_and_key() {
+    let world = World::new();
+    for (text, says) in [
+        ("state_dir = '/a'\nvault = '/b'\nseal_bites = 3\n", "seal_bites"),
+        ("state_dir = 'a'\nvault = '/b'\n", "state_dir is not an absolute path"),
+        ("state_dir = '/a'\nvault = '/b'\nlisten = 'here'\n", "is not host:port"),
+        ("state_dir = '/a'\n", "missing field `vault`"),
+        ("state_dir = '/a'\nvault = '/b'\njournal_bytes_max = 1000\n", "less than twice seal_bytes"),
+    ] {
+        fs::write(world.path("server.toml"), text).expect("written");
+        let said = world.run("config check server.toml");
+        assert!(said.code == 2 && said.err.contains(says), "{says}: {}", said.err);
+    }
+    let said = world.run("server --config nowhere.toml");
+    assert!(
+        said.code == 1 && said.err.starts_with("error: the configuration nowhere.toml cannot be used"),
+        "{}",
+        said.err
+    );
+}
+
+#[test]
+fn with_json_failures_are_objects_too() {
+    let world = World::new();
+    let said = world.run("--json vault status --vault nowhere");
+    let object: serde_json::Value = serde_json::from_str(&said.err).expect("one object");
+    assert_eq!((said.code, object["code"].as_i64()), (1, Some(1)));
+    assert!(object["error"].as_str().expect("text").contains("there is no such folder"));
+    assert!(!object["do"].as_str().expect("text").is_empty());
+}
+
+#[test]
+fn wrong_usage_is_exit_code_two_and_completion_knows_the_verbs() {
+    let world = World::new();
+    for words in ["", "nonsense", "vault", "vault status", "demo --size 1"] {
+        assert_eq!(world.run(words).code, 2, "{words}");
+    }
+    let script = world.run("completion bash");
+    assert!(
+        script.code == 0 && script.out.contains("farshore__subcmd__vault") || script.out.contains("farshore__vault")
+    );
+    assert!(world.run("demo --keep .").err.contains("is not empty"));
+}
