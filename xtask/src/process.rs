@@ -149,7 +149,8 @@ pub(crate) fn measure_processes<T>(
     Ok((done, Usage { wall, user, system, resident_bytes_max: peak.load(Ordering::Relaxed) }))
 }
 
-fn wait_without_reaping(child: &Child) -> Result<()> {
+/// Waits until `child` has ended; its figures stay in `/proc` until it is waited for.
+pub(crate) fn wait_without_reaping(child: &Child) -> Result<()> {
     let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw).context("a child without a process id")?;
     loop {
         match waitid(WaitId::Pid(pid), WaitIdOptions::EXITED | WaitIdOptions::NOWAIT) {

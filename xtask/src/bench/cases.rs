@@ -1,6 +1,7 @@
 //! The list of cases. To add one: a file beside these, and a line in [`all`].
 
 mod borg;
+mod farshore;
 mod nbdcopy;
 mod qemu_img;
 mod restic;
@@ -23,5 +24,6 @@ pub(super) fn all() -> Vec<Box<dyn Case>> {
         Box::new(qemu_img::QemuImg),
         Box::new(restic::Restic),
         Box::new(borg::Borg),
+        Box::new(farshore::Farshore),
     ]
 }

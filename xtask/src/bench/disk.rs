@@ -69,6 +69,17 @@ impl Reference {
         link_over(&self.changed, path)
     }
 
+    /// Every block that the changed disk has in another way, with its offset, in order.
+    pub(super) fn for_each_change(&self, mut visit: impl FnMut(u64, &[u8]) -> Result<()>) -> Result<()> {
+        let changed = File::open(&self.changed)?;
+        let mut buffer = [0; BLOCK as usize];
+        for block in scattered(self.size / BLOCK, self.changed_bytes / BLOCK) {
+            changed.read_exact_at(&mut buffer, block * BLOCK)?;
+            visit(block * BLOCK, &buffer)?;
+        }
+        Ok(())
+    }
+
     /// Reads both images once, so that every case finds them in the page cache (as far as it is large enough).
     pub(super) fn warm(&self) -> Result<()> {
         let mut buffer = vec![0; MIB as usize];
