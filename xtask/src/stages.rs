@@ -18,7 +18,7 @@ use crate::tidy;
 use crate::workspace::{Workspace, cargo};
 
 /// Seeds of the simulation in a full and in a quick run.
-const SEEDS: u32 = 200;
+const SEEDS: u32 = 40;
 const SEEDS_QUICK: u32 = 20;
 
 /// What the simulation, the demo and the independent check are called once they are there.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::planted::Bug;
-use crate::spoiled::SpoiledCapture;
+use crate::spoiled::{Interference, SpoiledCapture};
 use agent::capture::mapfile::MemoryMapStore;
 use agent::capture::splitter::{ProtectedDisk, Splitter, SplitterConfig};
 use agent::engine::{ClearedMark, Engine, Step};
@@ -66,6 +66,8 @@ pub struct Source {
     running: Option<Running>,
     link: Option<LinkEnd>,
     broken: Option<u64>,
+    /// Writes that happened inside the agent's step.
+    interfered: Arc<std::sync::Mutex<Vec<(DiskId, u64, Vec<u8>)>>>,
     time: TrueTime,
     rng: Rng,
     bug: Option<Bug>,
@@ -107,6 +109,7 @@ impl Source {
             running: None,
             link: None,
             broken: None,
+            interfered: Arc::default(),
             time: time.clone(),
             rng,
             bug,
@@ -124,6 +127,15 @@ impl Source {
         let config = SplitterConfig { machine: self.machine, boot: self.boot, ring_bytes_max: self.shape.ring_bytes };
         let (splitter, capture) = Splitter::open(disks, &self.maps, Arc::new(self.clock.clone()), config)
             .expect("the simulated disks fit the splitter");
+        let interference = Interference {
+            disks: self
+                .disks
+                .iter()
+                .filter_map(|(geometry, _)| Some((geometry.disk, splitter.disk(geometry.disk)?)))
+                .collect(),
+            rng: std::sync::Mutex::new(self.rng.fork()),
+            done: self.interfered.clone(),
+        };
         let mut instance = [0; 16];
         self.rng.fill(&mut instance);
         let config = SenderConfig {
@@ -138,7 +150,7 @@ impl Source {
             heal_chunk_bytes: 64 * 1024,
         };
         let engine = Engine::new(
-            SpoiledCapture::new(capture, self.bug),
+            SpoiledCapture::new(capture, self.bug, interference),
             config,
             Arc::new(self.clock.clone()),
             None,
@@ -224,7 +236,12 @@ impl Source {
         let Some(running) = &mut self.running else { return };
         for _ in 0..16 {
             let wire = self.link.as_mut().map(|link| link as &mut dyn agent::engine::Wire);
-            match running.engine.step(wire) {
+            let step = running.engine.step(wire);
+            let interfered = std::mem::take(&mut *self.interfered.lock().expect("single-threaded"));
+            for (disk, offset, data) in interfered {
+                self.model.wrote(disk, offset, &data, self.time.now());
+            }
+            match step {
                 Step::Busy => {}
                 Step::Idle => break,
                 Step::Reconnect(reason) | Step::Refused(reason) => {

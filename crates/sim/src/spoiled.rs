@@ -1,23 +1,54 @@
 //! The splitter's capture with a planted bug in front of it, or none.
 
-use agent::capture::{Capture, CaptureStatus, Captured, Continuity, Mode, RingPosition, SplitterCapture};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use agent::capture::{Capture, CaptureStatus, Captured, Continuity, Mode, RingPosition, SplitterCapture, SplitterDisk};
 use replication::{ByteRange, DiskGeometry, DiskId, Epoch, MarkerKind};
-use world::BlockError;
+use world::{BlockDevice, BlockError};
 
 use crate::planted::Bug;
+use crate::rng::Rng;
+
+/// Writes that happen while a heal reads, as other threads of a machine would do them.
+pub struct Interference {
+    /// The disks as their users see them.
+    pub disks: Vec<(DiskId, SplitterDisk)>,
+    /// Decides when and where.
+    pub rng: Mutex<Rng>,
+    /// What was written, for the model.
+    pub done: Arc<Mutex<Vec<(DiskId, u64, Vec<u8>)>>>,
+}
+
+impl Interference {
+    /// Perhaps writes something into `range` of `disk`.
+    fn strike(&self, disk: DiskId, offset: u64, len: u64) {
+        let mut rng = self.rng.lock().unwrap_or_else(PoisonError::into_inner);
+        let sectors = len / 512;
+        let Some((_, device)) = self.disks.iter().find(|(id, _)| *id == disk) else { return };
+        if sectors == 0 || !rng.one_in(12) {
+            return;
+        }
+        let first = rng.below(sectors);
+        let mut data = vec![0; ((1 + rng.below(8)).min(sectors - first) * 512) as usize];
+        rng.fill(&mut data);
+        let start = offset + first * 512;
+        drop(device.write_at(start, &data));
+        self.done.lock().unwrap_or_else(PoisonError::into_inner).push((disk, start, data));
+    }
+}
 
 /// See the module's documentation.
 pub struct SpoiledCapture {
     inner: SplitterCapture,
     bug: Option<Bug>,
     consumed: RingPosition,
-    rotated_from: Option<Epoch>,
+    interference: Interference,
 }
 
 impl SpoiledCapture {
-    /// Puts `bug` in front of `inner`.
-    pub fn new(inner: SplitterCapture, bug: Option<Bug>) -> SpoiledCapture {
-        SpoiledCapture { inner, bug, consumed: RingPosition(0), rotated_from: None }
+    /// Puts `bug` in front of `inner`, and lets `interference` write while it is read.
+    pub fn new(inner: SplitterCapture, bug: Option<Bug>, interference: Interference) -> SpoiledCapture {
+        SpoiledCapture { inner, bug, consumed: RingPosition(0), interference }
     }
 }
 
@@ -53,7 +84,6 @@ impl Capture for SpoiledCapture {
     fn rotate(&mut self, mode: Mode) -> Option<Epoch> {
         let before = self.inner.status().epoch;
         let epoch = self.inner.rotate(mode)?;
-        self.rotated_from = Some(before);
         if self.bug == Some(Bug::MapClearedEarly) && self.inner.settled(epoch) && !self.inner.has_unstreamed(before) {
             self.inner.clear(before);
         }
@@ -99,6 +129,10 @@ impl Capture for SpoiledCapture {
     }
 
     fn read(&self, disk: DiskId, offset: u64, buffer: &mut [u8]) -> Result<(), BlockError> {
-        self.inner.read(disk, offset, buffer)
+        let len = buffer.len() as u64;
+        self.interference.strike(disk, offset, len);
+        self.inner.read(disk, offset, buffer)?;
+        self.interference.strike(disk, offset, len);
+        Ok(())
     }
 }

@@ -16,7 +16,8 @@ use vault::view::{ChainView, ViewBelow};
 use vault::{ChainHistory, ChainWriter, VaultError};
 use world::{Entropy, Monotonic};
 
-use super::{Pending, Pipeline, Services};
+use super::commit::Pending;
+use super::{Pipeline, Services};
 use crate::ingest::{GAP_NOTE, Work};
 use crate::journal::{ChainState, Manifest, ManifestNonce, ManifestNumber, Record, Session};
 
@@ -292,8 +293,8 @@ impl Pipeline {
                 let content = self.cut_off();
                 match self.prepare(&content) {
                     Ok(prepared) => {
-                        let through = super::prepared_through(&content, self.writer.through());
-                        self.flying = Some(super::Flying { prepared, through, content });
+                        let through = super::commit::prepared_through(&content, self.writer.through());
+                        self.flying = Some(super::commit::Flying { prepared, through, content });
                     }
                     Err(error) => {
                         self.put_back(content);

@@ -1,0 +1,270 @@
+//! Commits: pending content becomes a segment, a manifest, and a won name.
+//!
+//! ```text
+//! pending ──cut off──► content ──seal, merge──► prepared manifest ──intent journaled──► put ─┬─► committed
+//!    ▲                                                                  ▲   store refuses ──┤
+//!    └──────────── number burnt: begin again ◄───────────────────────── └─── same bytes ◄──┘
+//! ```
+//!
+//! Order on the store: segment, merged index, manifest. A crash in between leaves objects that nobody refers to.
+
+use std::sync::Arc;
+
+use replication::receiver::Event;
+use replication::{Change, ChangeKind, Cut, PointTime, SequenceNumber};
+use vault::chain::ManifestBuilder;
+use vault::layer::{Host, LayerRef};
+use vault::manifest::{Defect, Delta, Gap, GapClosed, GeometryChange};
+use vault::segment::{SealOptions, seal_segment};
+use vault::{CheckpointWish, Compression, ObjectBuilder, ObjectKind, Placement, PreparedManifest, VaultError};
+use world::Monotonic;
+
+use super::heal::HealSink;
+use super::{Pipeline, PipelineError};
+use crate::ingest::GAP_NOTE;
+use crate::journal::{Manifest as JournalManifest, ManifestNonce, ManifestNumber, Record};
+
+/// What waits for the next manifest.
+#[derive(Default)]
+pub(super) struct Pending {
+    pub(super) changes: Vec<Change>,
+    pub(super) bytes: u64,
+    /// When the oldest of it arrived.
+    pub(super) since: Option<Monotonic>,
+    pub(super) cuts: Vec<Cut>,
+    pub(super) gaps_opened: Vec<Gap>,
+    pub(super) gaps_closed: Vec<GapClosed>,
+    pub(super) defects: Vec<Defect>,
+    pub(super) geometries: Vec<GeometryChange>,
+    pub(super) images: Vec<LayerRef>,
+    /// Heals that ended, and where.
+    pub(super) heals_ended: Vec<(replication::HealId, SequenceNumber)>,
+}
+
+/// A manifest on its way, and what its success means.
+pub(super) struct Flying {
+    pub(super) prepared: PreparedManifest,
+    pub(super) through: SequenceNumber,
+    /// Kept to begin again if the number turns out to be burnt.
+    pub(super) content: Pending,
+}
+
+impl Pipeline {
+    /// Seals what is due and prepares its manifest.
+    pub(super) fn take_off(&mut self, now: Monotonic) -> Result<(), PipelineError> {
+        let content = self.cut_off();
+        match self.prepare(&content) {
+            Ok(prepared) => {
+                let through = prepared_through(&content, self.writer.through());
+                self.announce(&prepared);
+                self.flying = Some(Flying { prepared, through, content });
+                Ok(())
+            }
+            Err(error) => {
+                self.put_back(content);
+                self.postpone(now, error)
+            }
+        }
+    }
+
+    /// Takes from the pending content what one manifest holds: whole requests up to the seal size, and whatever else
+    /// lies at or before the last of them.
+    pub(super) fn cut_off(&mut self) -> Pending {
+        let mut pending = std::mem::take(&mut self.pending);
+        let limit = self.services.pace.seal_bytes.saturating_mul(2);
+        if pending.bytes <= limit && self.loaded == self.journaled {
+            return pending;
+        }
+        let mut bytes = 0;
+        let mut taken = 0;
+        for (index, change) in pending.changes.iter().enumerate() {
+            bytes += change.kind.data_len() as u64;
+            if !change.continues {
+                taken = index + 1;
+                if bytes >= self.services.pace.seal_bytes {
+                    break;
+                }
+            }
+        }
+        let rest = pending.changes.split_off(taken);
+        let through = pending.changes.last().map_or(self.writer.through(), |change| change.sequence);
+        let rest_bytes = rest.iter().map(|change| change.kind.data_len() as u64).sum();
+        let first = Pending {
+            bytes: pending.bytes - rest_bytes,
+            since: pending.since,
+            cuts: pending.cuts.extract_if(.., |cut| cut.sequence <= through).collect(),
+            gaps_opened: pending.gaps_opened.extract_if(.., |gap| gap.after <= through).collect(),
+            gaps_closed: pending.gaps_closed.extract_if(.., |gap| gap.until <= through).collect(),
+            defects: std::mem::take(&mut pending.defects),
+            geometries: pending.geometries.extract_if(.., |geometry| geometry.sequence <= through).collect(),
+            images: std::mem::take(&mut pending.images),
+            heals_ended: pending.heals_ended.extract_if(.., |(_, end)| *end <= through).collect(),
+            changes: pending.changes,
+        };
+        self.pending = Pending {
+            changes: rest,
+            bytes: rest_bytes,
+            since: pending.since,
+            cuts: pending.cuts,
+            gaps_opened: pending.gaps_opened,
+            gaps_closed: pending.gaps_closed,
+            geometries: pending.geometries,
+            heals_ended: pending.heals_ended,
+            ..Pending::default()
+        };
+        first
+    }
+
+    pub(super) fn put_back(&mut self, mut content: Pending) {
+        let newer = std::mem::take(&mut self.pending);
+        content.bytes += newer.bytes;
+        content.changes.extend(newer.changes);
+        content.cuts.extend(newer.cuts);
+        content.gaps_opened.extend(newer.gaps_opened);
+        content.gaps_closed.extend(newer.gaps_closed);
+        content.defects.extend(newer.defects);
+        content.geometries.extend(newer.geometries);
+        content.images.extend(newer.images);
+        content.heals_ended.extend(newer.heals_ended);
+        content.since = content.since.or(newer.since);
+        self.pending = content;
+    }
+
+    /// The nonce is journaled before the request goes out, so that a lost answer is recognised after a crash too.
+    pub(super) fn announce(&self, prepared: &PreparedManifest) {
+        let manifest =
+            JournalManifest { number: ManifestNumber(prepared.number), nonce: ManifestNonce(prepared.nonce.0) };
+        let record = Record::Intent { chain: self.chain, manifest };
+        if let Err(error) = self.services.log.append(record, Box::new(|_| {})) {
+            tracing::warn!(chain = %self.chain, %error, "a manifest's intent could not be journaled");
+        }
+    }
+
+    pub(super) fn prepare(&self, content: &Pending) -> Result<PreparedManifest, VaultError> {
+        let mut builder: ManifestBuilder = self.writer.begin();
+        let mut layers = Vec::new();
+        if !content.changes.is_empty() {
+            layers.extend(self.seal(content, &mut builder.object)?);
+        }
+        layers.extend(content.images.iter().cloned());
+        layers.extend(self.merge()?);
+        let delta = Delta {
+            through: prepared_through(content, self.writer.through()),
+            proven_through: self.proven.max(self.writer.proven_through()),
+            skew_ns: self.skew_ns,
+            layers,
+            cuts: content.cuts.clone(),
+            gaps_opened: content.gaps_opened.clone(),
+            gaps_closed: content.gaps_closed.clone(),
+            defects: content.defects.clone(),
+            geometries: content.geometries.clone(),
+            honoured_condemned: 0,
+        };
+        self.writer.prepare(builder, delta, CheckpointWish::WhenDue)
+    }
+
+    fn seal(&self, content: &Pending, manifest: &mut ObjectBuilder<'static>) -> Result<Option<LayerRef>, VaultError> {
+        let mut barriers: Vec<SequenceNumber> = content.cuts.iter().map(|cut| cut.sequence).collect();
+        barriers.extend(content.gaps_opened.iter().map(|gap| gap.after));
+        barriers.extend(
+            content
+                .changes
+                .iter()
+                .filter_map(|change| matches!(change.kind, ChangeKind::HealStart { .. }).then_some(change.sequence)),
+        );
+        barriers.extend(self.heal.as_ref().and_then(HealSink::end));
+        // A cut that is known only later may fall on any second's last request: stay exact there too.
+        barriers.extend(second_ends(&content.changes));
+        barriers.sort_unstable();
+        barriers.dedup();
+        let session = &self.services.session;
+        let options = SealOptions {
+            leaf_key: &session.keys().shared.leaf,
+            compression: Compression::Fast,
+            workers: self.services.pace.workers,
+        };
+        if content.bytes <= self.services.pace.inline_bytes_max {
+            return Ok(seal_segment(&content.changes, &barriers, manifest, Host::ThisManifest, &options)?.layer);
+        }
+        let generation = self.writer.generation();
+        let name = session.segment_name(self.chain, generation);
+        let placement = Placement::on_chain(ObjectKind::Segment, self.chain, generation);
+        let mut object = ObjectBuilder::shared(Arc::clone(session), placement, name.clone());
+        let sealed = seal_segment(&content.changes, &barriers, &mut object, Host::Object(name), &options)?;
+        if let Some(layer) = &sealed.layer {
+            object.finish(Some(layer.root)).put(self.services.store.as_ref())?;
+        }
+        Ok(sealed.layer)
+    }
+
+    fn merge(&self) -> Result<Option<LayerRef>, VaultError> {
+        let layers = &self.writer.state().layers;
+        let Some(plan) = vault::merge::plan_merges(layers) else { return Ok(None) };
+        let chosen: Vec<LayerRef> = plan.into_iter().map(|index| layers[index].clone()).collect();
+        let (session, generation) = (&self.services.session, self.writer.generation());
+        vault::merge::merge_layers(&self.services.source, &chosen, session, self.chain, generation).map(Some)
+    }
+
+    pub(super) fn land(&mut self, now: Monotonic, events: &mut Vec<Event>) -> Result<(), PipelineError> {
+        let Some(flying) = self.flying.take() else { return Ok(()) };
+        match self.writer.put(&flying.prepared) {
+            Ok(()) => {
+                self.view = None;
+                self.proof_committed_at = now;
+                self.record_commit(&flying);
+                events.push(Event::Committed(flying.through));
+                let ended = &flying.content.heals_ended;
+                events.extend(ended.iter().map(|(heal, _)| Event::HealCommitted { heal: *heal }));
+                Ok(())
+            }
+            Err(VaultError::NumberBurnt { number }) => {
+                tracing::warn!(chain = %self.chain, number, "a manifest's number was taken by an object that does not count");
+                self.put_back(flying.content);
+                Ok(())
+            }
+            Err(error) => {
+                self.flying = Some(flying);
+                self.postpone(now, error)
+            }
+        }
+    }
+
+    pub(super) fn record_commit(&self, flying: &Flying) {
+        let number = ManifestNumber(flying.prepared.number);
+        let mut records = vec![Record::Committed { chain: self.chain, through: flying.through, number }];
+        if !flying.content.gaps_closed.is_empty() && self.open_gaps.is_empty() {
+            records.push(Record::Note { chain: self.chain, kind: GAP_NOTE, bytes: bytes::Bytes::new() });
+        }
+        for record in records {
+            // Losing this costs only that a restart replays what is in the vault already.
+            if let Err(error) = self.services.log.append(record, Box::new(|_| {})) {
+                tracing::warn!(chain = %self.chain, %error, "a commit could not be noted in the journal");
+            }
+        }
+    }
+
+    /// A store that may recover is asked again later with the same bytes; anything else is final.
+    fn postpone(&mut self, now: Monotonic, error: VaultError) -> Result<(), PipelineError> {
+        match error {
+            VaultError::Store(store) if store.is_retryable() => {
+                tracing::warn!(chain = %self.chain, error = %store, "the vault's store does not answer; trying again");
+                self.retry_at = now.plus(self.services.pace.retry_pause);
+                Ok(())
+            }
+            VaultError::Fenced { .. } => Err(PipelineError::Fenced { chain: self.chain }),
+            source => Err(PipelineError::Vault { chain: self.chain, source }),
+        }
+    }
+}
+
+pub(super) fn prepared_through(content: &Pending, before: SequenceNumber) -> SequenceNumber {
+    content.changes.last().map_or(before, |change| change.sequence.max(before))
+}
+
+/// The last change of each second that ends within `changes`.
+fn second_ends(changes: &[Change]) -> impl Iterator<Item = SequenceNumber> {
+    changes.windows(2).filter_map(|pair| {
+        let second = |change: &Change| PointTime(change.time.0).next_second();
+        (second(&pair[0]) != second(&pair[1])).then_some(pair[0].sequence)
+    })
+}
