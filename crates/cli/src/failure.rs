@@ -162,7 +162,7 @@ impl From<VaultError> for Failure {
 impl From<StoreError> for Failure {
     fn from(error: StoreError) -> Failure {
         let said = error.to_string();
-        let source = error.source().map(|cause| chain(cause)).unwrap_or_default();
+        let source = error.source().map(chain).unwrap_or_default();
         let remedy = match &error {
             StoreError::NotAStore { .. } => "name an existing folder with --vault",
             StoreError::ReadOnly { .. } => "give this user write permission, or mount the file system writable",

@@ -33,6 +33,13 @@ impl Output {
         if self.quiet { Ok(()) } else { self.line(text) }
     }
 
+    /// A sentence that would only be in the way of what standard output is redirected for.
+    pub(crate) fn aside(&self, text: impl AsRef<str>) {
+        if !self.quiet && !self.json {
+            eprintln!("{}", text.as_ref());
+        }
+    }
+
     /// An object of the answer, for programs.
     pub(crate) fn object(&self, value: &Value) -> Done {
         if self.json { write_line(&value.to_string()) } else { Ok(()) }

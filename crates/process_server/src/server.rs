@@ -237,11 +237,15 @@ fn writer_keys(config: &ServerConfig, files: &dyn Files) -> Result<WriterKeys, S
     let path = config.state_dir.join(WRITER_KEYS);
     let bytes = files.read(WRITER_KEYS).map_err(|error| {
         let what = format!("this server has no right to write: {} cannot be read", path.display());
-        cannot(&what, &error, "grant it with `farshore vault grant --state-dir DIR`")
+        cannot(&what, &error, "grant it with `farshore vault grant --vault VAULT --state-dir DIR --label NAME`")
     })?;
     WriterKeys::from_bytes(&bytes).map_err(|error| {
         let what = format!("{} is damaged", path.display());
-        cannot(&what, &error, "grant this server again with `farshore vault grant --state-dir DIR`")
+        cannot(
+            &what,
+            &error,
+            "grant this server again with `farshore vault grant --vault VAULT --state-dir DIR --label NAME`",
+        )
     })
 }
 

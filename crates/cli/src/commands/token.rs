@@ -92,8 +92,10 @@ impl New {
         }))?;
         output.line(text.as_str())?;
         if addresses.is_empty() {
-            output.remark("it names no address: give the machine one with `farshore-agent join --server HOST:PORT`")?;
+            output.aside("it names no address: give the machine one with `farshore-agent join --server HOST:PORT`");
         }
-        output.remark(format!("usable once, until {}", WallTime::from_seconds(token.expires.seconds())))
+        // The token alone goes to standard output, so that it can be redirected to a file.
+        output.aside(format!("usable once, until {}", WallTime::from_seconds(token.expires.seconds())));
+        Ok(())
     }
 }
