@@ -64,7 +64,7 @@ impl Site {
     pub(super) fn make(scratch: &Path) -> Result<Site> {
         let programs = Workspace::load()?.target.join("release");
         let path = |name: &str| scratch.join(name);
-        fs::write(path("passphrase"), "bench\n")?;
+        fs::write(path("passphrase"), "the passphrase of a benchmark\n")?;
         let opening = |command: &mut Command| {
             command.arg("--vault").arg(path("vault")).arg("--passphrase-file").arg(path("passphrase"));
         };
