@@ -334,7 +334,7 @@ fn run_pipeline(
 ) -> Option<String> {
     // The first hello brings the machine's name and disks; a journaled tail is committed without waiting for one.
     let hello = wait_for_greeting(shared)?;
-    let opened = Pipeline::open(shared.services.clone(), entropy, shared.machine, hello.as_ref(), journal);
+    let opened = Pipeline::open(shared.services.clone(), entropy, shared.machine, hello.as_ref(), &journal);
     let mut pipeline = match opened {
         Ok(pipeline) => pipeline,
         Err(error) => return Some(chain_of_errors(&error)),
@@ -356,8 +356,21 @@ fn run_pipeline(
             Err(error) => return Some(chain_of_errors(&error)),
         }
         deliver(shared, events);
-        if let Some(reason) = answer_greeting(shared, &mut pipeline) {
-            return Some(reason);
+        if let Some(hello) = greeting_due(shared, &pipeline) {
+            match pipeline.followed() {
+                Ok(chain) if chain == pipeline.chain() => {}
+                // The machine came home on another chain. What is pending for the old one goes into the vault first.
+                Ok(_) if !pipeline.is_drained() => continue,
+                Ok(_) => match Pipeline::open(shared.services.clone(), entropy, shared.machine, Some(&hello), &journal)
+                {
+                    Ok(other) => pipeline = other,
+                    Err(error) => return Some(chain_of_errors(&error)),
+                },
+                Err(error) => tracing::warn!(machine = %shared.machine, %error, "the catalog cannot be read now"),
+            }
+            if let Some(reason) = answer_greeting(shared, &mut pipeline) {
+                return Some(reason);
+            }
         }
         let mut state = shared.lock();
         state.status.chain = pipeline.chain();
@@ -420,11 +433,15 @@ fn deliver(shared: &Shared, events: Vec<Event>) {
     }
 }
 
+/// The hello that waits for its answer, once everything that came before it is dealt with.
+fn greeting_due(shared: &Shared, pipeline: &Pipeline) -> Option<Hello> {
+    let state = shared.lock();
+    let ready = state.ingest.is_idle() && state.inbox.is_empty() && pipeline.is_ready_to_greet();
+    state.greeting.as_ref().filter(|_| ready).map(|wish| wish.hello.clone())
+}
+
 fn answer_greeting(shared: &Shared, pipeline: &mut Pipeline) -> Option<String> {
     let mut state = shared.lock();
-    if state.greeting.is_none() || !state.ingest.is_idle() || !state.inbox.is_empty() || !pipeline.is_ready_to_greet() {
-        return None;
-    }
     let wish = state.greeting.take()?;
     let live = state.live.as_ref().map(|live| live.instance);
     drop(state);

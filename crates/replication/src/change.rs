@@ -111,6 +111,10 @@ const CONTINUES: u8 = 0x80;
 impl Change {
     /// Appends everything but the data of a write, which follows elsewhere in the order of the changes.
     pub fn encode_head(&self, out: &mut Encoder) {
+        self.encode_head_at(self.time, out);
+    }
+
+    fn encode_head_at(&self, time: SourceTime, out: &mut Encoder) {
         let tag = match &self.kind {
             ChangeKind::Write { .. } => WRITE,
             ChangeKind::Zero { .. } => ZERO,
@@ -119,10 +123,7 @@ impl Change {
             ChangeKind::Geometry(_) => GEOMETRY,
             ChangeKind::HealStart { .. } => HEAL_START,
         };
-        out.u8(if self.continues { tag | CONTINUES } else { tag })
-            .u64(self.sequence.0)
-            .u64(self.time.0)
-            .u16(self.disk.0);
+        out.u8(if self.continues { tag | CONTINUES } else { tag }).u64(self.sequence.0).u64(time.0).u16(self.disk.0);
         match &self.kind {
             ChangeKind::Write { range, data } => {
                 debug_assert_eq!(range.len, data.len() as u64, "a write carries exactly its range");
@@ -184,9 +185,11 @@ impl Change {
 
 impl Change {
     /// The stream's running hash after this change, given the hash before it. Both ends compute it and compare.
+    ///
+    /// Times are left out: the receiver turns them into point time, and must be able to go on from what it journaled.
     pub fn extend_hash(&self, before: StreamHash) -> StreamHash {
         let mut head = Encoder::with_capacity(64);
-        self.encode_head(&mut head);
+        self.encode_head_at(SourceTime(0), &mut head);
         let mut hasher = blake3::Hasher::new();
         hasher.update(&before.0).update(&head.finish());
         if let ChangeKind::Write { data, .. } = &self.kind {

@@ -18,7 +18,7 @@ use world::{Entropy, Monotonic};
 
 use super::commit::Pending;
 use super::{Pipeline, Services};
-use crate::ingest::{GAP_NOTE, Work};
+use crate::ingest::{GAP_NOTE, ReadBack, Work};
 use crate::journal::{ChainState, Manifest, ManifestNonce, ManifestNumber, Record, Session};
 
 /// Why a machine's pipeline could not be opened.
@@ -129,7 +129,7 @@ impl Pipeline {
                 pipeline.journaled = state.last.max(history.through);
                 pipeline.loaded = history.through;
                 pipeline.replay_through = pipeline.journaled;
-                pipeline.stream = state.stream_hash.filter(|(sequence, _)| *sequence == state.last);
+                pipeline.stream = pipeline.stream_at_end(&state);
                 pipeline.touch();
             }
             None => pipeline.quarantine(reason),
@@ -172,6 +172,33 @@ impl Pipeline {
             geometries: Vec::new(),
             writer,
         }
+    }
+
+    /// The stream's hash at the journal's end. Changes and their hash are two records: a crash between them leaves a
+    /// tail that nobody was told of yet, over which the hash is carried on.
+    fn stream_at_end(&self, state: &ChainState) -> Option<(SequenceNumber, StreamHash)> {
+        let (mut sequence, mut hash) = state.stream_hash?;
+        if sequence < state.last {
+            for item in self.services.log.read_back(self.chain, sequence, u64::MAX).ok()? {
+                let ReadBack::Changes(changes) = item else { continue };
+                for change in changes {
+                    if change.sequence.0 != sequence.0 + 1 {
+                        return None;
+                    }
+                    (sequence, hash) = (change.sequence, change.extend_hash(hash));
+                }
+            }
+        }
+        (sequence == state.last).then_some((sequence, hash))
+    }
+
+    /// The chain that the machine follows, as the catalog says now: after a failback it is another one.
+    ///
+    /// # Errors
+    /// Those of reading the catalog.
+    pub fn followed(&self) -> Result<ChainId, VaultError> {
+        let catalog = Catalog::load(&self.services.store, &self.services.keys)?;
+        Ok(catalog.machines.get(&self.machine).map_or(self.chain, |known| known.chain))
     }
 
     /// What an earlier session left in the journal belongs to a history that another writer has replaced.
