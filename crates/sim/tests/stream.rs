@@ -392,7 +392,7 @@ fn judge(seed: u64, source: &Source, server: &PlainServer, cut: &Cut) {
 
 #[test]
 fn every_point_was_a_state_of_the_source() {
-    let seeds: u64 = std::env::var("FARSHORE_STREAM_SEEDS").ok().and_then(|seeds| seeds.parse().ok()).unwrap_or(6);
+    let seeds: u64 = std::env::var("FARSHORE_STREAM_SEEDS").ok().and_then(|seeds| seeds.parse().ok()).unwrap_or(3);
     let first: u64 = std::env::var("FARSHORE_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(0);
     let count = if std::env::var_os("FARSHORE_SEED").is_some() { 1 } else { seeds };
     let mut totals = [0; 5];
