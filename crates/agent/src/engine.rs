@@ -224,7 +224,7 @@ impl<C: Capture> Engine<C> {
         if let Some(wire) = &mut wire {
             match self.send(*wire) {
                 Ok(sent) => busy |= sent,
-                Err(closed) => return Step::Reconnect(closed.to_string()),
+                Err(closed) => return self.outcome.take().unwrap_or(Step::Reconnect(closed.to_string())),
             }
         }
         match self.outcome.take() {
@@ -248,6 +248,10 @@ impl<C: Capture> Engine<C> {
             match wire.try_receive()? {
                 Some(message) => self.feed(Event::Received(message)),
                 None => return Ok(count > 0),
+            }
+            // Whoever refuses closes at once: what it said must not be lost to the end of the link behind it.
+            if self.outcome.is_some() {
+                return Ok(true);
             }
         }
         Ok(true)
