@@ -154,6 +154,10 @@ impl Verifier<'_> {
             results.extend(batch.drain(..).zip(checked));
         };
         store.as_ref().for_each::<VaultError>("", |name| {
+            // Left by the test whether the store honours create-only; they hold no history and have no header.
+            if name.as_str().starts_with("probe/") {
+                return Ok(true);
+            }
             batch.push(name.clone());
             names.insert(name);
             if batch.len() == at_once {
