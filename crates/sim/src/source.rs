@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::planted::Bug;
-use crate::spoiled::{Interference, SpoiledCapture};
+use crate::spoiled::{Interference, SharedStrikes, SpoiledCapture};
 use agent::capture::mapfile::MemoryMapStore;
 use agent::capture::splitter::{ProtectedDisk, Splitter, SplitterConfig};
 use agent::engine::{ClearedMark, Engine, Step};
@@ -67,7 +67,7 @@ pub struct Source {
     link: Option<LinkEnd>,
     broken: Option<u64>,
     /// Writes that happened inside the agent's step.
-    interfered: Arc<std::sync::Mutex<Vec<(DiskId, u64, Vec<u8>)>>>,
+    interfered: SharedStrikes,
     time: TrueTime,
     rng: Rng,
     bug: Option<Bug>,

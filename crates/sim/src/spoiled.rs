@@ -9,6 +9,12 @@ use world::{BlockDevice, BlockError};
 use crate::planted::Bug;
 use crate::rng::Rng;
 
+/// A write that struck: the disk, the byte it begins at, the data.
+pub type Strike = (DiskId, u64, Vec<u8>);
+
+/// Those that the model does not know of yet.
+pub type SharedStrikes = Arc<Mutex<Vec<Strike>>>;
+
 /// Writes that happen while a heal reads, as other threads of a machine would do them.
 pub struct Interference {
     /// The disks as their users see them.
@@ -16,7 +22,7 @@ pub struct Interference {
     /// Decides when and where.
     pub rng: Mutex<Rng>,
     /// What was written, for the model.
-    pub done: Arc<Mutex<Vec<(DiskId, u64, Vec<u8>)>>>,
+    pub done: SharedStrikes,
 }
 
 impl Interference {
