@@ -8,6 +8,8 @@
 //! What was done, and in which state each kill landed, is printed (`--nocapture`). `FARSHORE_KILLS_SEED` and
 //! `FARSHORE_KILLS_ROUNDS` repeat or prolong a run; moments still depend on the scheduler.
 
+#![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
+
 #[path = "kills/ledger.rs"]
 mod ledger;
 #[path = "kills/points.rs"]
