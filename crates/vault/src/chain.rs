@@ -108,6 +108,15 @@ impl ChainHistory {
         walk::fast(store, keys, chain)?.map_or_else(|| ChainHistory::load_all(store, keys, chain), Ok)
     }
 
+    /// As [`ChainHistory::load`]; `None` if the chain has no manifest yet. The catalog names a machine's chain before
+    /// the chain exists, so that a crash in between leaves no chain that nobody knows.
+    ///
+    /// # Errors
+    /// As [`ChainHistory::load`].
+    pub fn find(store: &Arc<dyn Store>, keys: &OpenKeys, chain: ChainId) -> Result<Option<ChainHistory>, VaultError> {
+        walk::fast(store, keys, chain)?.map_or_else(|| walk::complete(store, keys, chain), |found| Ok(Some(found)))
+    }
+
     /// As [`ChainHistory::load`], reading every manifest and trusting no checkpoint.
     ///
     /// # Errors

@@ -31,7 +31,7 @@ fn history(vault: &UnlockedVault) -> Option<ChainHistory> {
     let (store, keys) = (vault.store(), vault.keys());
     let catalog = Catalog::load(store, keys).expect("the catalog can be read at any time");
     let chain = catalog.machines.values().next()?.chain;
-    Some(ChainHistory::load(store, keys, chain).expect("a chain can be read at any time"))
+    ChainHistory::find(store, keys, chain).expect("a chain can be read at any time")
 }
 
 /// Looks at the vault all the time, as a person who waits for a recovery would.

@@ -56,11 +56,7 @@ impl Pipeline {
     ) -> Result<Pipeline, OpenError> {
         let fail = |source| OpenError::Vault { machine, source };
         let chain = chain_of(&services, entropy, machine, hello).map_err(fail)?;
-        let history = match ChainHistory::load(&services.store, &services.keys, chain) {
-            Ok(history) => Some(history),
-            Err(VaultError::WrongChainState { .. }) => None,
-            Err(error) => return Err(fail(error)),
-        };
+        let history = ChainHistory::find(&services.store, &services.keys, chain).map_err(fail)?;
         match history {
             None => Pipeline::create(services, machine, chain, hello).map_err(fail),
             Some(history) => Pipeline::resume(services, machine, history, journal(chain)).map_err(fail),

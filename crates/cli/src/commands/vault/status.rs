@@ -42,7 +42,10 @@ impl Status {
         let mut machines = Vec::new();
         let now = SystemClock.wall();
         for machine in catalog.machines.values() {
-            let history = ChainHistory::load(store, keys, machine.chain)?;
+            let Some(history) = ChainHistory::find(store, keys, machine.chain)? else {
+                output.line(format!("machine      {}: enrolled; initial replication has not begun", machine.name))?;
+                continue;
+            };
             let age = now.0.saturating_sub(history.proven_through.0);
             let open = history.gaps().iter().filter(|gap| gap.until.is_none()).count();
             let current = match (history.last_cut(), open) {
