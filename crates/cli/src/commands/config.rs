@@ -47,7 +47,7 @@ pub(crate) fn load_server(path: &Path) -> Done<ServerConfig> {
     let what = || format!("the configuration {} cannot be used", path.display());
     let text = std::fs::read_to_string(path).map_err(|error| io_failure(what(), &error))?;
     let config = ServerConfig::parse(&text).map_err(|error| {
-        usage(what(), error.to_string().trim(), "correct the key; docs/operations/server.md lists all of them")
+        usage(what(), error.to_string().trim(), "correct the key; docs/operations/first-machine.md lists all of them")
     })?;
     for (key, directory) in [("state_dir", &config.state_dir), ("vault", &config.vault)] {
         if !directory.is_absolute() {
