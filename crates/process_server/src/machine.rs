@@ -70,7 +70,7 @@ pub struct MachineStatus {
     pub committed: replication::SequenceNumber,
     /// The moment through which the vault is proven current.
     pub proven_through: PointTime,
-    /// Whether a gap is open.
+    /// Whether its agent has a session.
     pub connected: bool,
 }
 
@@ -193,6 +193,12 @@ impl Machine {
     /// What is known of the machine.
     pub fn status(&self) -> MachineStatus {
         self.shared.lock().status.clone()
+    }
+
+    /// Has the machine's journaled tail committed without waiting for its agent.
+    pub fn recover(&self, chain: ChainId) {
+        self.shared.lock().status.chain = chain;
+        self.shared.work.notify_all();
     }
 
     /// Serves one link until it ends; returns why it did.
@@ -467,12 +473,4 @@ pub(crate) fn chain_of_errors(error: &dyn std::error::Error) -> String {
         source = error.source();
     }
     text
-}
-
-impl Machine {
-    /// Has the machine's journaled tail committed without waiting for its agent.
-    pub fn recover(&self, chain: ChainId) {
-        self.shared.lock().status.chain = chain;
-        self.shared.work.notify_all();
-    }
 }

@@ -90,7 +90,7 @@ fn lives(options: &Options) -> bool {
     println!("{} points judged, {} gaps, {} manifests", sum.points, sum.gaps, sum.manifests);
     println!("sim: {} passed, {failures} failed", options.count - failures);
     let missing: Vec<_> = Fault::ALL.iter().filter(|fault| faults.get(fault).copied().unwrap_or(0) == 0).collect();
-    if options.count >= 50 && options.bug.is_none() && !missing.is_empty() {
+    if options.count >= 20 && options.bug.is_none() && !missing.is_empty() {
         eprintln!("error: these faults never occurred: {missing:?}");
         return false;
     }

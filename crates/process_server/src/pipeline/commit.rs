@@ -130,7 +130,7 @@ impl Pipeline {
         self.pending = content;
     }
 
-    /// The nonce is journaled before the request goes out, so that a lost answer is recognised after a crash too.
+    /// Queues the nonce for the journal before the request goes out. Not awaited: see `docs/design/0001`, decision 8.
     pub(super) fn announce(&self, prepared: &PreparedManifest) {
         let manifest =
             JournalManifest { number: ManifestNumber(prepared.number), nonce: ManifestNonce(prepared.nonce.0) };

@@ -18,7 +18,7 @@ use world::{Entropy, Monotonic};
 
 use super::commit::Pending;
 use super::{Pipeline, Services};
-use crate::ingest::{GAP_NOTE, ReadBack, Work};
+use crate::ingest::{GAP_NOTE, ReadBack};
 use crate::journal::{ChainState, Manifest, ManifestNonce, ManifestNumber, Record, Session};
 
 /// Why a machine's pipeline could not be opened.
@@ -289,11 +289,9 @@ impl Pipeline {
                 self.pending.cuts.push(cut);
             }
             let time = self.last_point.max(PointTime(self.services.clock.wall().0));
-            let work = Work::GapOpened { at: self.journaled, time, cause: cause.to_owned() };
-            if let Work::GapOpened { at, time, cause } = work {
-                self.note_gap(at, time, &cause);
-                self.open_gap(at, time, cause);
-            }
+            let at = self.journaled;
+            self.note_gap(at, time, cause);
+            self.open_gap(at, time, cause.to_owned());
         }
         self.commit_everything()?;
         let Services { store, session, keys, .. } = &self.services;
