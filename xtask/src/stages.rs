@@ -197,44 +197,46 @@ fn run_stages(options: &Options) -> Result<bool> {
     let logged = fs::read(&session.skip_log).context("cannot read the log of skipped tests")?;
     session.note(skips::in_text(&String::from_utf8_lossy(&logged)));
     let skips = session.skips.into_inner();
-    Ok(summarize(&reports, &skips, &allowed, ci, started.elapsed()))
+    let (table, passed) = summarize(&reports, &skips, &allowed, ci, started.elapsed());
+    println!("{table}");
+    Ok(passed)
 }
 
-/// Prints the table; true when the run counts as passed.
-fn summarize(reports: &[Report], skips: &[String], allowed: &AllowList, ci: bool, took: Duration) -> bool {
-    println!("\n== summary");
+/// The table, and whether the run counts as passed.
+///
+/// Returned, not printed: what a test of this function printed would be read as a skip of that test run.
+fn summarize(reports: &[Report], skips: &[String], allowed: &AllowList, ci: bool, took: Duration) -> (String, bool) {
+    let mut lines = vec!["\n== summary".to_owned()];
     for report in reports {
         let result = match report.outcome {
             Ok(Outcome::Passed) => "passed",
             Ok(Outcome::Skipped) => "skipped",
             Err(_) => "FAILED",
         };
-        println!("{:<12} {result:<7}  {:>8.1} s", report.stage, report.took.as_secs_f64());
+        lines.push(format!("{:<12} {result:<7}  {:>8.1} s", report.stage, report.took.as_secs_f64()));
     }
     let mut unpermitted = 0;
     for skip in skips {
         match allowed.reason(skip) {
-            Some(reason) => println!("SKIPPED: {skip}  (permitted: {reason})"),
+            Some(reason) => lines.push(format!("SKIPPED: {skip}  (permitted: {reason})")),
             None => {
                 unpermitted += 1;
-                println!("SKIPPED: {skip}");
+                lines.push(format!("SKIPPED: {skip}"));
             }
         }
     }
     if ci && unpermitted > 0 {
-        println!(
-            "in CI a skip is a failure; install what is missing, or list it with its reason in {}",
-            skips::ALLOW_LIST
-        );
+        let list = skips::ALLOW_LIST;
+        lines.push(format!("in CI a skip is a failure; install what is missing, or list it with its reason in {list}"));
     }
     let failed = reports.iter().filter(|report| report.outcome.is_err()).count();
     let passed = reports.iter().filter(|report| matches!(report.outcome, Ok(Outcome::Passed))).count();
-    println!(
+    lines.push(format!(
         "{passed} stages passed, {failed} failed, {} skips ({unpermitted} not permitted in CI), {:.0} s",
         skips.len(),
         took.as_secs_f64()
-    );
-    failed == 0 && !(ci && unpermitted > 0)
+    ));
+    (lines.join("\n"), failed == 0 && !(ci && unpermitted > 0))
 }
 
 /// See [`run_stages`]; with `--list` only the names.
@@ -433,10 +435,12 @@ mod tests {
     fn a_skip_fails_only_ci_and_a_failed_stage_always_fails() {
         let nothing = AllowList::default();
         let skips = ["fuse: no /dev/fuse".to_owned()];
-        assert!(summarize(&[report(true)], &skips, &nothing, false, Duration::ZERO));
-        assert!(!summarize(&[report(true)], &skips, &nothing, true, Duration::ZERO));
-        assert!(summarize(&[report(true)], &[], &nothing, true, Duration::ZERO));
-        assert!(!summarize(&[report(true), report(false)], &[], &nothing, false, Duration::ZERO));
+        let passes =
+            |reports: &[Report], skips: &[String], ci| summarize(reports, skips, &nothing, ci, Duration::ZERO).1;
+        assert!(passes(&[report(true)], &skips, false));
+        assert!(!passes(&[report(true)], &skips, true));
+        assert!(passes(&[report(true)], &[], true));
+        assert!(!passes(&[report(true), report(false)], &[], false));
     }
 
     #[test]
