@@ -1,0 +1,84 @@
+//! The end of a life: healthy again, and every point ever announced judged once more.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+
+use vault::view::ChainView;
+use vault::{ChainHistory, Points, Store};
+
+use super::{Fault, Report, World};
+
+impl World {
+    pub(super) fn is_healthy(&mut self) -> Result<bool, String> {
+        if !self.source.is_settled() {
+            return Ok(false);
+        }
+        let Some(history) = self.history()? else { return Ok(false) };
+        if history.gaps().iter().any(|gap| gap.until.is_none()) {
+            return Ok(false);
+        }
+        let Some((last, _)) = history.last_cut() else { return Ok(false) };
+        let view = ChainView::new(Arc::clone(&self.frames), history.layers(), None);
+        Ok(self.state_at(&view, last)? == Some(self.source.model.digest()) && last == history.through)
+    }
+
+    pub(super) fn final_checks(&mut self) -> Result<Report, String> {
+        self.judge()?;
+        let history = self.history()?.ok_or("there is no chain")?;
+        let store: Arc<dyn Store> = self.store.clone();
+        let complete = ChainHistory::load_all(&store, self.unlocked.keys(), history.chain)
+            .map_err(|error| format!("the chain cannot be read in full: {error:?}"))?;
+        if complete.head != history.head || complete.layers().len() != history.layers().len() {
+            return Err("reading by checkpoints and reading everything differ".into());
+        }
+        let keys = Arc::clone(self.unlocked.keys());
+        let points = Points::new(&store, &keys, &complete);
+        let view = ChainView::new(Arc::clone(&self.frames), complete.layers(), None);
+        for announced in self.announced.values() {
+            let state = self.state_at(&view, announced.cut.sequence)?;
+            if !points.is_openable(&announced.cut) || state != Some(announced.state) {
+                return Err(format!("{:?} was announced and is not what it was", announced.cut));
+            }
+        }
+        self.nonces_are_unique()?;
+        let gaps = complete.gaps().len() as u64;
+        let allowed = self.gap_causes_allowed + self.faults.get(&Fault::RingOverflow).copied().unwrap_or(0);
+        if gaps > 2 * allowed {
+            return Err(format!("{gaps} gaps for {allowed} things that may cause one"));
+        }
+        let tally = &self.store.tally;
+        self.faults.insert(Fault::StoreRefused, tally.refused.load(Relaxed));
+        self.faults.insert(Fault::AnswerLost, tally.answers_lost.load(Relaxed));
+        self.faults.insert(Fault::NameTaken, tally.taken.load(Relaxed));
+        self.trace.update(&complete.head.digest).update(&self.time.now().to_le_bytes());
+        let trace = self.trace.finalize();
+        Ok(Report {
+            faults: std::mem::take(&mut self.faults),
+            points: self.announced.len() as u64,
+            gaps,
+            manifests: complete.head.number,
+            trace: u64::from_le_bytes(*trace.as_bytes().first_chunk().expect("a hash has 32 bytes")),
+        })
+    }
+
+    /// No two objects of one writer share a nonce.
+    fn nonces_are_unique(&self) -> Result<(), String> {
+        let store: Arc<dyn Store> = self.store.clone();
+        let mut seen = HashSet::new();
+        let mut twice = None;
+        for folder in ["chains/", "packs/"] {
+            store
+                .for_each::<vault::StoreError>(folder, |name| {
+                    if let Ok(header) = vault::object::verify_body_without_keys(store.as_ref(), &name)
+                        && !seen.insert((header.writer, header.nonce))
+                    {
+                        twice = Some(name);
+                    }
+                    Ok(true)
+                })
+                .map_err(|error| format!("the vault cannot be listed: {error:?}"))?;
+        }
+        twice.map_or(Ok(()), |name| Err(format!("{name} has the nonce of another object")))
+    }
+}

@@ -1,0 +1,115 @@
+//! The judge of points: every announced point against the model, while the life goes on.
+
+use std::sync::Arc;
+
+use replication::SequenceNumber;
+use replication::cut::{Cut, PointTime};
+use vault::points::Which;
+use vault::view::ChainView;
+use vault::{Points, Store};
+
+use crate::clock::START_WALL_NS;
+use crate::model::{StateDigest, digest};
+
+use super::{Announced, SECOND, World};
+
+impl World {
+    /// Judges every point announced since the last time.
+    pub(super) fn judge(&mut self) -> Result<(), String> {
+        let Some(history) = self.history()? else { return Ok(()) };
+        let store: Arc<dyn Store> = self.store.clone();
+        let keys = Arc::clone(self.unlocked.keys());
+        let points = Points::new(&store, &keys, &history);
+        let from = PointTime(self.newest_label.0.saturating_sub(SECOND));
+        let cuts = points
+            .between(from, PointTime(u64::MAX), 100_000, Which::All)
+            .map_err(|error| format!("points cannot be listed: {error:?}"))?;
+        let view = ChainView::new(Arc::clone(&self.frames), history.layers(), None);
+        for cut in cuts {
+            if self.announced.contains_key(&cut.sequence) || !points.is_openable(&cut) {
+                continue;
+            }
+            // A point with an unreadable sector is labelled so; what it holds elsewhere is judged at the next one.
+            let Some(state) = self.state_at(&view, cut.sequence)? else { continue };
+            self.judge_point(&cut, state)?;
+            self.newest_label = self.newest_label.max(cut.time);
+            self.trace.update(&cut.sequence.0.to_le_bytes());
+            self.announced.insert(cut.sequence, Announced { cut, state });
+        }
+        self.judge_old_points(&view, &points)
+    }
+
+    fn judge_point(&self, cut: &Cut, state: StateDigest) -> Result<(), String> {
+        let known = self.source.model.when(state);
+        if known.is_empty() {
+            if std::env::var_os("FARSHORE_SIM_TRACE").is_some() {
+                self.explain(cut.sequence);
+            }
+            return Err(format!("{cut:?} was never a state of the machine"));
+        }
+        // With honest clocks a label tells the truth: everything before it is included, nothing from after it.
+        if !self.wall_errors {
+            let label = cut.time.0.saturating_sub(START_WALL_NS);
+            let newest = known.iter().map(|state| state.requests).max().unwrap_or(0);
+            // A hello that waited for a sleeping server makes the offset too large until the first proof arrives.
+            let slack = 45 * SECOND;
+            let oldest_needed = self.source.model.requests_before(label.saturating_sub(slack));
+            if self.source.model.incarnations() == 0 && newest < oldest_needed {
+                return Err(format!("{cut:?} lacks requests made {slack} ns before its label"));
+            }
+        }
+        Ok(())
+    }
+
+    /// Where a point differs from the disks as they are now: usually enough to see what went wrong.
+    fn explain(&self, sequence: SequenceNumber) {
+        let Ok(Some(history)) = self.history() else { return };
+        let view = ChainView::new(Arc::clone(&self.frames), history.layers(), None);
+        for ((disk, size), now) in self.source.sizes().zip(self.source.snapshot()) {
+            let mut bytes = vec![0; size as usize];
+            if view.read(sequence, disk, 0, &mut bytes).is_ok() {
+                let differs: Vec<usize> =
+                    (0..bytes.len() / 512).filter(|i| bytes[i * 512..][..512] != now[i * 512..][..512]).collect();
+                eprintln!("{disk}: sectors that differ from now: {differs:?}");
+            }
+        }
+        for gap in history.gaps() {
+            eprintln!("gap {} .. {:?} {}", gap.after, gap.until.map(|(at, _)| at.to_string()), gap.cause);
+        }
+        for layer in history.layers() {
+            eprintln!("layer {:?} {} ..= {} entries {}", layer.kind, layer.first, layer.last, layer.entries);
+        }
+        eprintln!("{}", self.describe());
+    }
+
+    /// Announced points are for ever: one of them, at random, each time.
+    fn judge_old_points(&mut self, view: &ChainView, points: &Points<'_>) -> Result<(), String> {
+        if self.announced.is_empty() {
+            return Ok(());
+        }
+        let index = self.rng.below(self.announced.len() as u64) as usize;
+        let (sequence, announced) = self.announced.iter().nth(index).expect("the index is in range");
+        if !points.is_openable(&announced.cut) {
+            let hiding: Vec<_> = points.gaps().iter().filter(|gap| gap.hides(announced.cut.sequence)).collect();
+            return Err(format!("{:?} was announced and can no longer be opened: {hiding:?}", announced.cut));
+        }
+        let state = self.state_at(view, *sequence)?;
+        if state != Some(announced.state) {
+            return Err(format!("{:?} was announced and has changed", announced.cut));
+        }
+        Ok(())
+    }
+
+    pub(super) fn state_at(&self, view: &ChainView, sequence: SequenceNumber) -> Result<Option<StateDigest>, String> {
+        let mut disks = Vec::new();
+        for (disk, size) in self.source.sizes() {
+            let mut bytes = vec![0; size as usize];
+            match view.read(sequence, disk, 0, &mut bytes) {
+                Ok(()) => disks.push((disk, bytes)),
+                Err(vault::view::ReadError::Unreadable { .. }) => return Ok(None),
+                Err(error) => return Err(format!("{disk} at {sequence} cannot be read: {error:?}")),
+            }
+        }
+        Ok(Some(digest(disks.iter().map(|(disk, bytes)| (*disk, &bytes[..])))))
+    }
+}

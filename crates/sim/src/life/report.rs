@@ -1,0 +1,70 @@
+//! What can go wrong in a life, what a life saw, and how a broken promise is told.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use crate::planted::Bug;
+
+macro_rules! faults {
+    ($($(#[$doc:meta])* $name:ident),* $(,)?) => {
+        /// What can go wrong, and how often it did.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+        #[allow(missing_docs)]
+        pub enum Fault { $($(#[$doc])* $name),* }
+
+        impl Fault {
+            /// All faults.
+            pub const ALL: &[Fault] = &[$(Fault::$name),*];
+        }
+    };
+}
+
+faults! {
+    LinkLost, LinkStalled, AgentKilled, SourcePowerCut, SourceReverted, WriteFailed, SectorUnreadable, RingOverflow,
+    ServerKilled, ServerPowerCut, ServerLost, ServerSuspended, MovedByForce, VaultPowerCut, StoreRefused, AnswerLost,
+    Garbage, SourceClockJump, ServerClockJump, NameTaken,
+}
+
+/// What a run saw.
+#[derive(Debug, Clone, Default)]
+pub struct Report {
+    /// How often each fault occurred.
+    pub faults: BTreeMap<Fault, u64>,
+    /// Points announced and judged.
+    pub points: u64,
+    /// Gaps recorded.
+    pub gaps: u64,
+    /// Manifests committed.
+    pub manifests: u64,
+    /// Digest of everything that happened: equal for equal seeds.
+    pub trace: u64,
+}
+
+/// A broken promise, with the command that shows it again.
+#[derive(Debug)]
+pub struct Violation {
+    /// The run.
+    pub seed: u64,
+    /// Simulated time in nanoseconds.
+    pub at_ns: u64,
+    /// What was promised and what was found.
+    pub what: String,
+    /// The planted bug, if any.
+    pub bug: Option<Bug>,
+}
+
+impl Violation {
+    /// The code under test panicked.
+    pub fn panicked(seed: u64, bug: Option<Bug>, what: String) -> Violation {
+        Violation { seed, at_ns: 0, what: format!("panic: {what}"), bug }
+    }
+}
+
+impl fmt::Display for Violation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let seconds = self.at_ns as f64 / 1e9;
+        writeln!(f, "seed {} at {seconds:.3} s: {}", self.seed, self.what)?;
+        let planted = self.bug.map(|bug| format!(" --plant {bug:?}")).unwrap_or_default();
+        write!(f, "  replay: cargo run --release -p sim -- --seed {}{planted}", self.seed)
+    }
+}
