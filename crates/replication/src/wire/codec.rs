@@ -1,0 +1,556 @@
+//! The bytes of the messages.
+
+use bytes::Bytes;
+
+use super::{HealContent, HealNeed, Hello, Message, OfferHashes, OfferedLeaf, RefusalCode, Resume, Welcome};
+use crate::change::{Change, HealId, SourceTime, StreamHash};
+use crate::codec::{DecodeError, Decoder, Encoder};
+use crate::geometry::{ByteRange, DiskGeometry, LEAF_BYTES};
+use crate::leaf::LeafKey;
+use crate::limits;
+use crate::position::{ChainId, DiskId, Generation, InstanceId, MachineId, SequenceNumber};
+
+/// A message as it travels: a kind, then parts that the transport writes one after another.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct WireFrame {
+    /// Which message.
+    pub kind: u8,
+    /// The body; data of writes is shared, not copied.
+    pub parts: Vec<Bytes>,
+}
+
+impl WireFrame {
+    /// Length of the body in bytes.
+    pub fn body_len(&self) -> usize {
+        self.parts.iter().map(Bytes::len).sum()
+    }
+
+    /// The body in one piece.
+    pub fn body(&self) -> Bytes {
+        match self.parts.as_slice() {
+            [only] => only.clone(),
+            parts => parts.concat().into(),
+        }
+    }
+}
+
+mod kind {
+    pub(super) const HELLO: u8 = 1;
+    pub(super) const WELCOME: u8 = 2;
+    pub(super) const REFUSE: u8 = 3;
+    pub(super) const CHANGES: u8 = 4;
+    pub(super) const PROOF: u8 = 5;
+    pub(super) const BREAK: u8 = 6;
+    pub(super) const ACK: u8 = 7;
+    pub(super) const HEAL_BEGIN: u8 = 8;
+    pub(super) const OFFER: u8 = 9;
+    pub(super) const WANTS: u8 = 10;
+    pub(super) const HEAL_DATA: u8 = 11;
+    pub(super) const HEAL_CREDIT: u8 = 12;
+    pub(super) const HEAL_END: u8 = 13;
+    pub(super) const HEAL_ABORT: u8 = 14;
+    pub(super) const HEAL_COMMITTED: u8 = 15;
+    pub(super) const HEAL_RESTART: u8 = 16;
+    pub(super) const BYE: u8 = 17;
+}
+
+impl Message {
+    /// The message's bytes. Panics if a limit of [`limits`] is exceeded: the sender's own bug.
+    pub fn encode(&self) -> WireFrame {
+        let mut out = Encoder::new();
+        let mut data = Vec::new();
+        let kind = match self {
+            Message::Hello(hello) => {
+                hello.encode(&mut out);
+                kind::HELLO
+            }
+            Message::Welcome(welcome) => {
+                welcome.encode(&mut out);
+                kind::WELCOME
+            }
+            Message::Refuse { code, reason } => {
+                out.u8(*code as u8).text(reason);
+                kind::REFUSE
+            }
+            Message::Changes(changes) => {
+                out.varint(changes.len() as u64);
+                for change in changes {
+                    change.encode_head(&mut out);
+                    if let crate::ChangeKind::Write { data: bytes, .. } = &change.kind {
+                        data.push(bytes.clone());
+                    }
+                }
+                kind::CHANGES
+            }
+            Message::Proof { captured, time, now } => {
+                out.u64(captured.0).u64(time.0).u64(now.0);
+                kind::PROOF
+            }
+            Message::Break { at, cause } => {
+                out.u64(at.0).text(cause);
+                kind::BREAK
+            }
+            Message::Ack { journaled, committed, window_bytes } => {
+                out.u64(journaled.0).u64(committed.0).u64(*window_bytes);
+                kind::ACK
+            }
+            Message::HealBegin { heal, p0, whole, hashes, planned_bytes } => {
+                out.u64(heal.0).u64(p0.0).u8(u8::from(*whole)).u64(*planned_bytes);
+                match hashes {
+                    OfferHashes::Plain => out.u8(0),
+                    OfferHashes::Keyed(key) => out.u8(1).raw(key.expose()),
+                };
+                kind::HEAL_BEGIN
+            }
+            Message::Offer { heal, offer, disk, start, leaves } => {
+                out.u64(heal.0).u32(*offer).u16(disk.0).u64(*start).varint(leaves.len() as u64);
+                for leaf in leaves {
+                    match leaf {
+                        OfferedLeaf::Zero => out.u8(0),
+                        OfferedLeaf::Hash(hash) => out.u8(1).raw(hash),
+                        OfferedLeaf::Unknown => out.u8(2),
+                        OfferedLeaf::Unreadable => out.u8(3),
+                    };
+                }
+                kind::OFFER
+            }
+            Message::Wants { heal, offer, wanted } => {
+                out.u64(heal.0).u32(*offer).bytes(wanted);
+                kind::WANTS
+            }
+            Message::HealData { heal, disk, range, content } => {
+                out.u64(heal.0).u16(disk.0);
+                range.encode(&mut out);
+                match content {
+                    HealContent::Data(bytes) => {
+                        out.u8(0);
+                        data.push(bytes.clone());
+                    }
+                    HealContent::Zero => {
+                        out.u8(1);
+                    }
+                    HealContent::Unreadable => {
+                        out.u8(2);
+                    }
+                }
+                kind::HEAL_DATA
+            }
+            Message::HealCredit { heal, received_bytes } => {
+                out.u64(heal.0).u64(*received_bytes);
+                kind::HEAL_CREDIT
+            }
+            Message::HealEnd { heal, end } => {
+                out.u64(heal.0).u64(end.0);
+                kind::HEAL_END
+            }
+            Message::HealAbort { heal, cause } => {
+                out.u64(heal.0).text(cause);
+                kind::HEAL_ABORT
+            }
+            Message::HealCommitted { heal } => {
+                out.u64(heal.0);
+                kind::HEAL_COMMITTED
+            }
+            Message::HealRestart { heal, reason } => {
+                out.u64(heal.0).text(reason);
+                kind::HEAL_RESTART
+            }
+            Message::Bye { reason } => {
+                out.text(reason);
+                kind::BYE
+            }
+        };
+        let mut parts = vec![Bytes::from(out.finish())];
+        parts.append(&mut data);
+        let frame = WireFrame { kind, parts };
+        assert!(frame.body_len() <= limits::MESSAGE_BYTES_MAX, "a message exceeds its limit");
+        frame
+    }
+
+    /// Reads a message from outside.
+    pub fn decode(kind: u8, body: Bytes) -> Result<Message, DecodeError> {
+        if body.len() > limits::MESSAGE_BYTES_MAX {
+            return Err(DecodeError::TooLarge {
+                field: "message",
+                value: body.len() as u64,
+                limit: limits::MESSAGE_BYTES_MAX as u64,
+            });
+        }
+        let mut input = Decoder::new(body);
+        let reason = |input: &mut Decoder| input.text("reason", limits::REASON_BYTES_MAX);
+        let heal = |input: &mut Decoder| input.u64("heal id").map(HealId);
+        let sequence = |input: &mut Decoder| input.u64("sequence").map(SequenceNumber);
+        let message = match kind {
+            kind::HELLO => Message::Hello(Hello::decode(&mut input)?),
+            kind::WELCOME => Message::Welcome(Welcome::decode(&mut input)?),
+            kind::REFUSE => Message::Refuse { code: refusal(input.u8("refusal code")?)?, reason: reason(&mut input)? },
+            kind::CHANGES => Message::Changes(decode_changes(&mut input)?),
+            kind::PROOF => Message::Proof {
+                captured: sequence(&mut input)?,
+                time: SourceTime(input.u64("proof time")?),
+                now: SourceTime(input.u64("source now")?),
+            },
+            kind::BREAK => Message::Break { at: sequence(&mut input)?, cause: reason(&mut input)? },
+            kind::ACK => Message::Ack {
+                journaled: sequence(&mut input)?,
+                committed: sequence(&mut input)?,
+                window_bytes: input.u64("window")?,
+            },
+            kind::HEAL_BEGIN => Message::HealBegin {
+                heal: heal(&mut input)?,
+                p0: sequence(&mut input)?,
+                whole: input.u8("whole")? != 0,
+                planned_bytes: input.u64("planned bytes")?,
+                hashes: match input.u8("hash kind")? {
+                    0 => OfferHashes::Plain,
+                    1 => OfferHashes::Keyed(LeafKey::new(input.array("leaf key")?)),
+                    value => return Err(DecodeError::Undefined { field: "hash kind", value: value.into() }),
+                },
+            },
+            kind::OFFER => decode_offer(&mut input)?,
+            kind::WANTS => Message::Wants {
+                heal: heal(&mut input)?,
+                offer: input.u32("offer")?,
+                wanted: input.bytes("wanted", limits::OFFER_HASHES_MAX / 8)?,
+            },
+            kind::HEAL_DATA => decode_heal_data(&mut input)?,
+            kind::HEAL_CREDIT => {
+                Message::HealCredit { heal: heal(&mut input)?, received_bytes: input.u64("received bytes")? }
+            }
+            kind::HEAL_END => Message::HealEnd { heal: heal(&mut input)?, end: sequence(&mut input)? },
+            kind::HEAL_ABORT => Message::HealAbort { heal: heal(&mut input)?, cause: reason(&mut input)? },
+            kind::HEAL_COMMITTED => Message::HealCommitted { heal: heal(&mut input)? },
+            kind::HEAL_RESTART => Message::HealRestart { heal: heal(&mut input)?, reason: reason(&mut input)? },
+            kind::BYE => Message::Bye { reason: reason(&mut input)? },
+            value => return Err(DecodeError::Undefined { field: "message kind", value: value.into() }),
+        };
+        input.finish()?;
+        Ok(message)
+    }
+}
+
+fn decode_changes(input: &mut Decoder) -> Result<Vec<Change>, DecodeError> {
+    let count = input.count("changes", limits::BATCH_CHANGES_MAX as u64)?;
+    let mut changes = Vec::with_capacity(count);
+    for _ in 0..count {
+        changes.push(Change::decode_head(input)?);
+    }
+    for change in &mut changes {
+        change.attach_data(input)?;
+    }
+    Ok(changes)
+}
+
+fn decode_offer(input: &mut Decoder) -> Result<Message, DecodeError> {
+    let heal = HealId(input.u64("heal id")?);
+    let offer = input.u32("offer")?;
+    let disk = DiskId(input.u16("disk id")?);
+    let start = input.u64("offer start")?;
+    let count = input.count("offered leaves", limits::OFFER_HASHES_MAX as u64)?;
+    if count == 0 || start % LEAF_BYTES != 0 || start > limits::DISK_BYTES_MAX {
+        return Err(DecodeError::Inconsistent("an offer is empty, unaligned or beyond any disk"));
+    }
+    let mut leaves = Vec::with_capacity(count);
+    for _ in 0..count {
+        leaves.push(match input.u8("leaf kind")? {
+            0 => OfferedLeaf::Zero,
+            1 => OfferedLeaf::Hash(input.array("leaf hash")?),
+            2 => OfferedLeaf::Unknown,
+            3 => OfferedLeaf::Unreadable,
+            value => return Err(DecodeError::Undefined { field: "leaf kind", value: value.into() }),
+        });
+    }
+    Ok(Message::Offer { heal, offer, disk, start, leaves })
+}
+
+fn decode_heal_data(input: &mut Decoder) -> Result<Message, DecodeError> {
+    let heal = HealId(input.u64("heal id")?);
+    let disk = DiskId(input.u16("disk id")?);
+    let range = ByteRange::decode(input, limits::CHANGE_RANGE_BYTES_MAX)?;
+    let content = match input.u8("heal content")? {
+        0 if range.len <= limits::HEAL_DATA_BYTES_MAX as u64 => {
+            HealContent::Data(input.raw(range.len as usize, "heal data")?)
+        }
+        0 => return Err(DecodeError::Inconsistent("heal data exceeds its limit")),
+        1 => HealContent::Zero,
+        2 => HealContent::Unreadable,
+        value => return Err(DecodeError::Undefined { field: "heal content", value: value.into() }),
+    };
+    Ok(Message::HealData { heal, disk, range, content })
+}
+
+fn refusal(value: u8) -> Result<RefusalCode, DecodeError> {
+    Ok(match value {
+        0 => RefusalCode::Version,
+        1 => RefusalCode::NotAuthorised,
+        2 => RefusalCode::DuplicateIdentity,
+        3 => RefusalCode::Fenced,
+        4 => RefusalCode::Busy,
+        5 => RefusalCode::Protocol,
+        value => return Err(DecodeError::Undefined { field: "refusal code", value: value.into() }),
+    })
+}
+
+impl HealNeed {
+    fn decode(input: &mut Decoder) -> Result<HealNeed, DecodeError> {
+        Ok(match input.u8("heal need")? {
+            0 => HealNeed::Nothing,
+            1 => HealNeed::Maps,
+            2 => HealNeed::Whole,
+            value => return Err(DecodeError::Undefined { field: "heal need", value: value.into() }),
+        })
+    }
+}
+
+impl Hello {
+    fn encode(&self, out: &mut Encoder) {
+        out.u16(self.version)
+            .raw(&self.machine.0)
+            .raw(&self.instance.0)
+            .raw(&self.boot)
+            .raw(&self.vm_generation)
+            .text(&self.name)
+            .varint(self.disks.len() as u64);
+        self.disks.iter().for_each(|disk| disk.encode(out));
+        match &self.resume {
+            None => {
+                out.u8(0);
+            }
+            Some(resume) => {
+                out.u8(1).raw(&resume.chain.0).u32(resume.generation.0).u64(resume.released.0).u64(resume.sent.0);
+            }
+        }
+        out.u8(self.need as u8);
+        match &self.cleared {
+            None => out.u8(0),
+            Some((chain, sequence)) => out.u8(1).raw(&chain.0).u64(sequence.0),
+        };
+        out.u64(self.now.0);
+    }
+
+    fn decode(input: &mut Decoder) -> Result<Hello, DecodeError> {
+        let version = input.u16("version")?;
+        let machine = MachineId(input.array("machine")?);
+        let instance = InstanceId(input.array("instance")?);
+        let boot = input.array("boot id")?;
+        let vm_generation = input.array("VM generation id")?;
+        let name = input.text("machine name", limits::NAME_BYTES_MAX)?;
+        let count = input.count("disks", limits::DISKS_MAX as u64)?;
+        let disks = (0..count).map(|_| DiskGeometry::decode(input)).collect::<Result<_, _>>()?;
+        let resume = match input.u8("resume")? {
+            0 => None,
+            1 => Some(Resume {
+                chain: ChainId(input.array("chain")?),
+                generation: generation(input)?,
+                released: SequenceNumber(input.u64("released")?),
+                sent: SequenceNumber(input.u64("sent")?),
+            }),
+            value => return Err(DecodeError::Undefined { field: "resume", value: value.into() }),
+        };
+        let need = HealNeed::decode(input)?;
+        let cleared = match input.u8("cleared")? {
+            0 => None,
+            1 => Some((ChainId(input.array("chain")?), SequenceNumber(input.u64("sequence")?))),
+            value => return Err(DecodeError::Undefined { field: "cleared", value: value.into() }),
+        };
+        let now = SourceTime(input.u64("source now")?);
+        Ok(Hello { version, machine, instance, boot, vm_generation, name, disks, resume, need, cleared, now })
+    }
+}
+
+impl Welcome {
+    fn encode(&self, out: &mut Encoder) {
+        out.u16(self.version)
+            .raw(&self.chain.0)
+            .u32(self.generation.0)
+            .u64(self.resume_after.0)
+            .u8(u8::from(self.continues))
+            .raw(&self.hash.0)
+            .u64(self.committed.0)
+            .u8(self.need as u8)
+            .u8(u8::from(self.base_empty))
+            .u64(self.window_bytes);
+    }
+
+    fn decode(input: &mut Decoder) -> Result<Welcome, DecodeError> {
+        Ok(Welcome {
+            version: input.u16("version")?,
+            chain: ChainId(input.array("chain")?),
+            generation: generation(input)?,
+            resume_after: SequenceNumber(input.u64("resume after")?),
+            continues: input.u8("continues")? != 0,
+            hash: StreamHash(input.array("stream hash")?),
+            committed: SequenceNumber(input.u64("committed")?),
+            need: HealNeed::decode(input)?,
+            base_empty: input.u8("base empty")? != 0,
+            window_bytes: input.u64("window")?,
+        })
+    }
+}
+
+fn generation(input: &mut Decoder) -> Result<Generation, DecodeError> {
+    let value = input.u32("generation")?;
+    if value >= Generation::MAX.0 {
+        return Err(DecodeError::TooLarge {
+            field: "generation",
+            value: value.into(),
+            limit: Generation::MAX.0.into(),
+        });
+    }
+    Ok(Generation(value))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::geometry::DiskIdentity;
+    use crate::wire::wanted_bitmap;
+    use crate::{ChangeKind, MarkerKind};
+    use proptest::prelude::*;
+
+    fn any_range(limit: u64) -> impl Strategy<Value = ByteRange> {
+        (0u64..1 << 50, 1..=limit).prop_map(|(start, len)| ByteRange::new(start, len))
+    }
+
+    fn any_geometry() -> impl Strategy<Value = DiskGeometry> {
+        (any::<u16>(), "[a-z0-9]{1,20}", any::<[u8; 16]>(), 0u64..1 << 40).prop_map(
+            |(disk, serial, fingerprint, sectors)| DiskGeometry {
+                disk: DiskId(disk),
+                path: format!("/dev/{serial}"),
+                identity: DiskIdentity { serial, fingerprint },
+                size_bytes: sectors * 512,
+                logical_sector_bytes: 512,
+                physical_sector_bytes: 4096,
+            },
+        )
+    }
+
+    fn any_kind() -> impl Strategy<Value = ChangeKind> {
+        prop_oneof![
+            (0u64..1 << 50, prop::collection::vec(any::<u8>(), 1..200)).prop_map(|(start, data)| ChangeKind::Write {
+                range: ByteRange::new(start, data.len() as u64),
+                data: data.into(),
+            }),
+            any_range(1 << 40).prop_map(|range| ChangeKind::Zero { range }),
+            any_range(1 << 40).prop_map(|range| ChangeKind::Discard { range }),
+            "[^\u{0}]{0,20}".prop_map(|name| ChangeKind::Marker { kind: MarkerKind::Application, name }),
+            any_geometry().prop_map(ChangeKind::Geometry),
+            any::<u64>().prop_map(|heal| ChangeKind::HealStart { heal: HealId(heal) }),
+        ]
+    }
+
+    fn any_change() -> impl Strategy<Value = Change> {
+        (any::<u64>(), any::<u64>(), any::<u16>(), any::<bool>(), any_kind()).prop_map(
+            |(sequence, time, disk, continues, kind)| Change {
+                sequence: SequenceNumber(sequence),
+                time: SourceTime(time),
+                disk: DiskId(disk),
+                continues,
+                kind,
+            },
+        )
+    }
+
+    fn any_message() -> impl Strategy<Value = Message> {
+        let heal = any::<u64>().prop_map(HealId);
+        prop_oneof![
+            prop::collection::vec(any_change(), 0..20).prop_map(Message::Changes),
+            (prop::collection::vec(any_geometry(), 0..4), any::<[u8; 16]>(), any::<bool>()).prop_map(
+                |(disks, id, some)| Message::Hello(Hello {
+                    version: 1,
+                    machine: MachineId(id),
+                    instance: InstanceId(id),
+                    boot: id,
+                    vm_generation: id,
+                    name: "söme name".into(),
+                    disks,
+                    resume: some.then_some(Resume {
+                        chain: ChainId(id),
+                        generation: Generation(7),
+                        released: SequenceNumber(1),
+                        sent: SequenceNumber(2),
+                    }),
+                    need: HealNeed::Maps,
+                    cleared: some.then_some((ChainId(id), SequenceNumber(9))),
+                    now: SourceTime(3),
+                })
+            ),
+            any::<[u8; 32]>().prop_map(|hash| Message::Welcome(Welcome {
+                version: 1,
+                chain: ChainId([1; 16]),
+                generation: Generation(3),
+                resume_after: SequenceNumber(5),
+                continues: true,
+                hash: StreamHash(hash),
+                committed: SequenceNumber(4),
+                need: HealNeed::Whole,
+                base_empty: true,
+                window_bytes: 1,
+            })),
+            (heal, any::<[u8; 32]>()).prop_map(|(heal, key)| Message::HealBegin {
+                heal,
+                p0: SequenceNumber(1),
+                whole: true,
+                hashes: OfferHashes::Keyed(LeafKey::new(key)),
+                planned_bytes: 9,
+            }),
+            prop::collection::vec(any::<Option<[u8; 16]>>(), 1..50).prop_map(|leaves| Message::Offer {
+                heal: HealId(1),
+                offer: 2,
+                disk: DiskId(3),
+                start: 8192,
+                leaves: leaves.into_iter().map(|hash| hash.map_or(OfferedLeaf::Zero, OfferedLeaf::Hash)).collect(),
+            }),
+            prop::collection::vec(any::<bool>(), 1..50).prop_map(|wanted| Message::Wants {
+                heal: HealId(1),
+                offer: 2,
+                wanted: wanted_bitmap(&wanted),
+            }),
+            prop::collection::vec(any::<u8>(), 1..500).prop_map(|data| Message::HealData {
+                heal: HealId(1),
+                disk: DiskId(2),
+                range: ByteRange::new(4096, data.len() as u64),
+                content: HealContent::Data(data.into()),
+            }),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn messages_come_back_as_they_went_in(message in any_message()) {
+            let frame = message.encode();
+            prop_assert_eq!(Message::decode(frame.kind, frame.body()), Ok(message));
+        }
+
+        #[test]
+        fn damaged_messages_are_answered_not_feared(
+            message in any_message(), at in any::<prop::sample::Index>(), to: u8, keep in any::<prop::sample::Index>()
+        ) {
+            let frame = message.encode();
+            let mut body = frame.body().to_vec();
+            let index = at.index(body.len());
+            body[index] = to;
+            body.truncate(keep.index(body.len()) + 1);
+            let _ = Message::decode(frame.kind, body.clone().into());
+            let _ = Message::decode(to, body.into());
+        }
+    }
+
+    /// The bytes of version 1 as they were first written; a change here breaks running agents.
+    #[test]
+    fn golden_change_frame() {
+        let message = Message::Changes(vec![Change {
+            sequence: Generation(2).base().next(),
+            time: SourceTime(5),
+            disk: DiskId(1),
+            continues: true,
+            kind: ChangeKind::Write { range: ByteRange::new(4096, 3), data: Bytes::from_static(b"abc") },
+        }]);
+        let frame = message.encode();
+        assert_eq!(frame.kind, 4);
+        assert_eq!(
+            frame.body().to_vec(),
+            [&[1, 0x81, 1, 0, 0, 0, 0, 0x20, 0, 0, 5, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0x80, 0x20, 3][..], b"abc"].concat()
+        );
+    }
+}
