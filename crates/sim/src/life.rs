@@ -20,7 +20,7 @@ use replication::{ChainId, SequenceNumber};
 use vault::catalog::Catalog;
 use vault::keys::{PassphraseCost, WriterRole};
 use vault::view_source::{CacheBytes, FrameSource};
-use vault::{ChainHistory, FolderStore, Store, UnlockedVault, Vault};
+use vault::{ChainHistory, ChainTail, FolderStore, Store, UnlockedVault, Vault};
 use world::{Clock, Entropy};
 
 use crate::clock::{SimClock, TrueTime};
@@ -60,6 +60,7 @@ struct World {
     vault_files: SimFiles,
     unlocked: UnlockedVault,
     frames: Arc<FrameSource>,
+    tail: Option<ChainTail>,
     announced: BTreeMap<SequenceNumber, Announced>,
     newest_label: PointTime,
     next_judgement: u64,
@@ -108,8 +109,7 @@ impl World {
                 SimServer::new(name, source.machine, dyn_store.clone(), &keys, &time, rng, bug)
             })
             .collect();
-        let cache = CacheBytes { index: 1 << 20, data: 1 << 20, resolved: 1 << 20 };
-        let frames = Arc::new(FrameSource::new(dyn_store, Arc::clone(unlocked.keys()), cache));
+        let frames = Arc::new(FrameSource::new(dyn_store, Arc::clone(unlocked.keys()), CacheBytes::default()));
         World {
             seed,
             rng,
@@ -122,6 +122,7 @@ impl World {
             vault_files,
             unlocked,
             frames,
+            tail: None,
             announced: BTreeMap::new(),
             newest_label: PointTime(0),
             next_judgement: 0,
@@ -246,17 +247,16 @@ impl World {
         catalog.machines.get(&self.source.machine).map(|machine| machine.chain)
     }
 
-    fn history(&self) -> Result<Option<ChainHistory>, String> {
-        let Some(chain) = self.chain() else { return Ok(None) };
-        let store: Arc<dyn Store> = self.store.clone();
-        match ChainHistory::load(&store, self.unlocked.keys(), chain) {
-            Ok(history) => Ok(Some(history)),
-            Err(vault::VaultError::WrongChainState { .. }) => Ok(None),
-            Err(error) => Err(format!("the chain cannot be read: {error:?}")),
+    fn history(&mut self) -> Result<Option<ChainHistory>, String> {
+        if self.tail.is_none() {
+            self.tail = self.chain().map(ChainTail::new);
         }
+        let Some(tail) = &mut self.tail else { return Ok(None) };
+        let store: Arc<dyn Store> = self.store.clone();
+        tail.read_on(&store, self.unlocked.keys()).map_err(|error| format!("the chain cannot be read: {error:?}"))
     }
 
-    fn describe(&self) -> String {
+    fn describe(&mut self) -> String {
         let gaps = self.history().ok().flatten().map(|history| {
             let open = history.gaps().into_iter().filter(|gap| gap.until.is_none()).collect::<Vec<_>>();
             (history.through, history.last_cut(), open)

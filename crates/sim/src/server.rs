@@ -98,6 +98,9 @@ pub struct SimServer {
     files: SimFiles,
     store: Arc<dyn Store>,
     keys: Vec<u8>,
+    /// Outlives the process: all it holds between runs is which signatures were found good, which stays true, and
+    /// finding that anew took most of a life's computing time.
+    open: Arc<OpenKeys>,
     clock: SimClock,
     rng: Rng,
     running: Option<Running>,
@@ -125,6 +128,7 @@ impl SimServer {
             files: SimFiles::new(rng.draw()),
             store,
             keys: keys.to_bytes().to_vec(),
+            open: Arc::new(OpenKeys::of_writer(keys)),
             clock: SimClock::booting_now(time),
             rng,
             running: None,
@@ -160,7 +164,7 @@ impl SimServer {
                 .unwrap_or_else(|error| panic!("{}: the journal cannot be opened after a crash: {error}", self.name));
         let log = Arc::new(SimLog { journal: Mutex::new(journal), waiting: Mutex::default(), bug: self.bug });
         let keys = WriterKeys::from_bytes(&self.keys).expect("the keys were made by the vault");
-        let open = Arc::new(OpenKeys::of_writer(&keys));
+        let open = Arc::clone(&self.open);
         let writer = keys.writer();
         let dedup = load_dedup(&self.store, &open, writer, 1 << 16).expect("reads do not fail in this world");
         let session =

@@ -5,7 +5,8 @@
 //! their number, are reported as [`Alarm`]s, and are never deleted: a sleeping writer would try that very name.
 //!
 //! [`ChainHistory::load`] reads a chain without reading all of it, by trusting a writer's checkpoints for that writer's
-//! own generation. [`ChainHistory::load_all`] trusts nothing but the manifests themselves; both give the same answer.
+//! own generation. [`ChainHistory::load_all`] trusts nothing but the manifests themselves; both give the same answer,
+//! and so does [`ChainTail`], which reads on where it stopped.
 
 mod walk;
 mod writer;
@@ -22,6 +23,7 @@ use crate::manifest::{Defect, Gap, GenerationState, GeometryChange, ManifestKind
 use crate::numbered::NumberedNames;
 use crate::store::{ObjectName, Store};
 
+pub use walk::ChainTail;
 pub use writer::{ChainWriter, CheckpointWish, ManifestBuilder, PreparedManifest};
 
 /// Something in a chain's folder that does not count.

@@ -55,7 +55,7 @@ pub mod view_source;
 mod view_tests;
 
 pub use catalog::{Catalog, CatalogEntry};
-pub use chain::{ChainHistory, ChainWriter, CheckpointWish, PreparedManifest};
+pub use chain::{ChainHistory, ChainTail, ChainWriter, CheckpointWish, PreparedManifest};
 pub use error::{Damage, VaultError};
 pub use keys::{OpenKeys, RecoveryKey, VaultId, WriterId, WriterKeys, WriterSession};
 pub use manifest::{Delta, Gap, GapClosed, GapScope, GeometryChange, Manifest, ManifestLink};

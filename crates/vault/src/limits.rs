@@ -24,6 +24,8 @@ pub const RECIPIENTS_MAX: u64 = 16;
 pub const LABEL_BYTES_MAX: usize = 256;
 /// Unsealed data keys that a reader keeps.
 pub const DATA_KEYS_CACHED_MAX: usize = 4096;
+/// Headers that a reader remembers to have verified; 32 bytes each.
+pub const HEADERS_VERIFIED_MAX: usize = 8192;
 /// Names asked for in one listing.
 pub const LIST_PAGE: usize = 1000;
 /// Most memory that a key slot may demand for argon2id, in KiB. A forged slot must not exhaust the machine.

@@ -18,6 +18,7 @@ use crate::limits;
 
 pub use builder::{ObjectBuilder, SealedObject};
 pub use frame::{Compression, FrameSealer};
+pub(crate) use header::ParsedHeader;
 pub use header::{Header, Placement};
 pub use reader::{ObjectReader, verify_body_without_keys};
 pub(crate) use reader::{read_header, verify_signature};

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
 use vault::view::ChainView;
+use vault::view_source::{CacheBytes, FrameSource};
 use vault::{ChainHistory, Points, Store};
 
 use super::{Fault, Report, World};
@@ -29,12 +30,18 @@ impl World {
         let store: Arc<dyn Store> = self.store.clone();
         let complete = ChainHistory::load_all(&store, self.unlocked.keys(), history.chain)
             .map_err(|error| format!("the chain cannot be read in full: {error:?}"))?;
-        if complete.head != history.head || complete.layers().len() != history.layers().len() {
-            return Err("reading by checkpoints and reading everything differ".into());
+        let quick = ChainHistory::load(&store, self.unlocked.keys(), history.chain)
+            .map_err(|error| format!("the chain cannot be read by checkpoints: {error:?}"))?;
+        for (other, how) in [(&history, "bit by bit"), (&quick, "by checkpoints")] {
+            if complete.head != other.head || complete.layers() != other.layers() || complete.gaps() != other.gaps() {
+                return Err(format!("reading {how} and reading everything differ"));
+            }
         }
         let keys = Arc::clone(self.unlocked.keys());
         let points = Points::new(&store, &keys, &complete);
-        let view = ChainView::new(Arc::clone(&self.frames), complete.layers(), None);
+        // Read from the store anew: what the judge remembers proves nothing about what is there.
+        let frames = FrameSource::new(Arc::clone(&store), Arc::clone(&keys), CacheBytes::default());
+        let view = ChainView::new(Arc::new(frames), complete.layers(), None);
         for announced in self.announced.values() {
             let state = self.state_at(&view, announced.cut.sequence)?;
             if !points.is_openable(&announced.cut) || state != Some(announced.state) {

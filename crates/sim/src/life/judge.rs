@@ -39,7 +39,7 @@ impl World {
         self.judge_old_points(&view, &points)
     }
 
-    fn judge_point(&self, cut: &Cut, state: StateDigest) -> Result<(), String> {
+    fn judge_point(&mut self, cut: &Cut, state: StateDigest) -> Result<(), String> {
         let known = self.source.model.when(state);
         if known.is_empty() {
             if std::env::var_os("FARSHORE_SIM_TRACE").is_some() {
@@ -62,7 +62,7 @@ impl World {
     }
 
     /// Where a point differs from the disks as they are now: usually enough to see what went wrong.
-    fn explain(&self, sequence: SequenceNumber) {
+    fn explain(&mut self, sequence: SequenceNumber) {
         let Ok(Some(history)) = self.history() else { return };
         let view = ChainView::new(Arc::clone(&self.frames), history.layers(), None);
         for ((disk, size), now) in self.source.sizes().zip(self.source.snapshot()) {

@@ -1,6 +1,6 @@
-//! The two ways of reading a chain: all of it, or its newest end and checkpoints.
+//! The two ways of reading a chain: all of it in order, at once or bit by bit, or its newest end and checkpoints.
 
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use replication::ChainId;
@@ -58,51 +58,84 @@ pub(super) fn complete(
     keys: &OpenKeys,
     chain: ChainId,
 ) -> Result<Option<ChainHistory>, VaultError> {
-    let reader = ChainReader::new(store, keys, chain);
-    let mut alarms = Vec::new();
-    let mut present = BTreeMap::new();
-    store.for_each(reader.names.folder(), |name| -> Result<bool, VaultError> {
-        match reader.names.number(&name) {
-            Some(number) => {
-                present.insert(number, ());
-            }
-            None => alarms.push(Alarm::Untagged(name)),
-        }
-        Ok(true)
-    })?;
-    let mut genesis: Option<SignedManifest> = None;
-    let mut head: Option<SignedManifest> = None;
-    let mut generations: Vec<GenerationHistory> = Vec::new();
-    let mut number = 1;
-    while present.remove(&number).is_some() {
-        match reader.judge(number)? {
-            Judged::Invalid(reason) => alarms.push(Alarm::Invalid { number, reason }),
-            Judged::Signed(manifest) if manifest.continues(head.as_ref()) => {
-                if manifest.manifest.opened == number {
-                    generations.push(GenerationHistory::opening(&manifest));
-                }
-                generations.last_mut().expect("the first manifest opens a generation").add(&manifest);
-                genesis.get_or_insert_with(|| (*manifest).clone());
-                head = Some(*manifest);
-            }
-            Judged::Signed(manifest) => {
-                alarms.push(Alarm::Rejected { number, writer: manifest.writer });
-                alarms.extend(lost_parent(&manifest, head.as_ref()));
-            }
-        }
-        number += 1;
+    ChainTail::new(chain).read_on(store, keys)
+}
+
+/// Reads a chain in order and, when asked again, only what was added since. Trusts no checkpoint: what it says is what
+/// [`ChainHistory::load_all`] says, except that objects below the point where it goes on are not looked at again.
+#[derive(Debug, Clone)]
+pub struct ChainTail {
+    chain: ChainId,
+    /// Number at which reading goes on: everything below it is judged for ever.
+    next: u64,
+    genesis: Option<SignedManifest>,
+    head: Option<SignedManifest>,
+    generations: Vec<GenerationHistory>,
+    alarms: Vec<Alarm>,
+}
+
+impl ChainTail {
+    /// Nothing of `chain` is read yet.
+    pub fn new(chain: ChainId) -> ChainTail {
+        ChainTail { chain, next: 1, genesis: None, head: None, generations: Vec::new(), alarms: Vec::new() }
     }
-    // Behind a hole nothing counts, but what claims to continue something is a sign of loss.
-    for number in present.into_keys() {
-        match reader.judge(number)? {
-            Judged::Invalid(reason) => alarms.push(Alarm::Invalid { number, reason }),
-            Judged::Signed(manifest) => {
-                alarms.push(Alarm::Rejected { number, writer: manifest.writer });
-                alarms.extend(lost_parent(&manifest, head.as_ref()));
+
+    /// What the chain holds now; `None` if it has no manifest yet. Reading costs one page of names and one object for
+    /// each manifest since the last time. After an error the next call reads on where this one got to.
+    ///
+    /// # Errors
+    /// As [`ChainHistory::load_all`].
+    pub fn read_on(&mut self, store: &Arc<dyn Store>, keys: &OpenKeys) -> Result<Option<ChainHistory>, VaultError> {
+        let reader = ChainReader::new(store, keys, self.chain);
+        let mut unusual = Vec::new();
+        let mut present = BTreeSet::new();
+        store.for_each(reader.names.folder(), |name| -> Result<bool, VaultError> {
+            match reader.names.number(&name) {
+                // Newest first: the rest is known.
+                Some(number) if number < self.next => return Ok(false),
+                Some(number) => drop(present.insert(number)),
+                None => unusual.push(Alarm::Untagged(name)),
             }
+            Ok(true)
+        })?;
+        while present.remove(&self.next) {
+            let verdict = reader.judge(self.next)?;
+            self.add(verdict);
+            self.next += 1;
+        }
+        // Behind a hole nothing counts, but what claims to continue something is a sign of loss.
+        for number in present {
+            unusual.extend(rejected(number, &reader.judge(number)?, self.head.as_ref()));
+        }
+        unusual.extend(self.alarms.iter().cloned());
+        let (Some(genesis), Some(head)) = (&self.genesis, &self.head) else { return Ok(None) };
+        Ok(Some(history(genesis, head, self.next, self.generations.clone(), unusual, self.chain)))
+    }
+
+    fn add(&mut self, verdict: Judged) {
+        let manifest = match verdict {
+            Judged::Signed(manifest) if manifest.continues(self.head.as_ref()) => *manifest,
+            verdict => return self.alarms.extend(rejected(self.next, &verdict, self.head.as_ref())),
+        };
+        if manifest.manifest.opened == manifest.link.number {
+            self.generations.push(GenerationHistory::opening(&manifest));
+        }
+        let generation = self.generations.last_mut().expect("the first manifest opens a generation");
+        generation.add(&manifest);
+        self.genesis.get_or_insert_with(|| manifest.clone());
+        self.head = Some(manifest);
+    }
+}
+
+/// The alarms about an object that does not count.
+fn rejected(number: u64, verdict: &Judged, head: Option<&SignedManifest>) -> Vec<Alarm> {
+    match verdict {
+        Judged::Invalid(reason) => vec![Alarm::Invalid { number, reason: reason.clone() }],
+        Judged::Signed(manifest) => {
+            let rejected = Alarm::Rejected { number, writer: manifest.writer };
+            [rejected].into_iter().chain(lost_parent(manifest, head)).collect()
         }
     }
-    Ok(genesis.zip(head).map(|(genesis, head)| history(&genesis, &head, number, generations, alarms, chain)))
 }
 
 /// A signed manifest above the head that names a parent above the head continues something that is gone.

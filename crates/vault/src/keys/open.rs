@@ -1,6 +1,6 @@
 //! What a reader holds.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::sync::{Arc, Mutex, RwLock};
 
@@ -11,7 +11,7 @@ use super::{DataKey, Grant, ReadSecret, SealedKey, SharedKeys, VaultId, Verifyin
 use crate::error::{Damage, VaultError};
 use crate::layout;
 use crate::limits;
-use crate::object::{Header, ObjectKind, ObjectReader};
+use crate::object::{Header, ObjectKind, ObjectReader, ParsedHeader, verify_signature};
 use crate::store::{ObjectName, Store, StoreError};
 
 /// The keys of a reader: shared keys, the owner's public key, grants verified so far, and, if the vault was unlocked
@@ -24,6 +24,9 @@ pub struct OpenKeys {
     grants: RwLock<HashMap<WriterId, Grant>>,
     /// Unsealing costs an X25519 operation; a writer uses one sealed key for an hour.
     data_keys: Mutex<HashMap<SealedKey, DataKey>>,
+    /// Digests of what was signed, by whom and how, where that was found to be so. Following a chain reads the same
+    /// manifests again and again, and a signature costs more than all else about them.
+    verified: Mutex<HashSet<[u8; 32]>>,
 }
 
 impl fmt::Debug for OpenKeys {
@@ -41,6 +44,7 @@ impl OpenKeys {
             read,
             grants: RwLock::new(HashMap::new()),
             data_keys: Mutex::new(HashMap::new()),
+            verified: Mutex::new(HashSet::new()),
         }
     }
 
@@ -109,6 +113,28 @@ impl OpenKeys {
         }
         self.grants.write().expect("nothing panics while holding the grants").insert(writer, grant.clone());
         Ok(grant)
+    }
+
+    /// Verifies the signature of the object `name`, unless these very bytes under this name were verified before.
+    pub(crate) fn verify_once(
+        &self,
+        name: &ObjectName,
+        parsed: &ParsedHeader,
+        signer: VerifyingKey,
+    ) -> Result<(), VaultError> {
+        let mut digest = blake3::Hasher::new();
+        digest.update(&signer.0).update(&parsed.signature).update(&(name.as_str().len() as u64).to_le_bytes());
+        let digest = *digest.update(name.as_str().as_bytes()).update(&parsed.bytes).finalize().as_bytes();
+        if self.verified.lock().expect("nothing panics while holding the verified headers").contains(&digest) {
+            return Ok(());
+        }
+        verify_signature(name, parsed, signer)?;
+        let mut verified = self.verified.lock().expect("nothing panics while holding the verified headers");
+        if verified.len() >= limits::HEADERS_VERIFIED_MAX {
+            verified.clear();
+        }
+        verified.insert(digest);
+        Ok(())
     }
 
     /// The data key of an object, if it has one and this reader can unseal it.

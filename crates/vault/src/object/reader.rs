@@ -50,7 +50,7 @@ impl ObjectReader {
             return Err(VaultError::Foreign { name: name.clone(), reason: "it is part of another vault" });
         }
         let signer = keys.verifying_key(store, name, parsed.header.writer)?;
-        verify_signature(name, &parsed, signer)?;
+        keys.verify_once(name, &parsed, signer)?;
         let header = parsed.header;
         let identity = Identity {
             name: name.clone(),
