@@ -164,8 +164,8 @@ impl Authority {
         )];
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
         params.extended_key_usages = match peer.role {
-            // An agent that was taken over must not be able to pose as a server.
-            Role::Agent => vec![ExtendedKeyUsagePurpose::ClientAuth],
+            // An agent or a recovery host that was taken over must not be able to pose as a server.
+            Role::Agent | Role::RecoveryHost => vec![ExtendedKeyUsagePurpose::ClientAuth],
             // A process server is also the client of a master target.
             Role::ProcessServer | Role::MasterTarget => {
                 vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth]
@@ -312,7 +312,7 @@ impl Authority {
             Ok(IssuedToken {
                 role: Role::from_code(role).ok_or(RecordError::Damaged)?,
                 id: if id.is_empty() { None } else { Some(record::fixed(id)?) },
-                expires: WallTime::from_seconds(record::number(expires)?),
+                expires: record::time(expires)?,
                 secret_hash: blake3::Hash::from_bytes(record::fixed(secret_hash)?),
             })
         };
@@ -372,7 +372,7 @@ impl Admission for Authority {
 }
 
 /// The key that a PKCS #10 request is about, after checking the request's own signature.
-fn requested_key(request: &[u8]) -> Result<PublicKey, AuthorityError> {
+pub(crate) fn requested_key(request: &[u8]) -> Result<PublicKey, AuthorityError> {
     let request = CertificateSigningRequestParams::from_der(&CertificateSigningRequestDer::from(request))
         .map_err(|error| AuthorityError::Request(error.to_string()))?;
     if request.public_key.algorithm() != &rcgen::PKCS_ED25519 {
@@ -395,7 +395,7 @@ fn make_authority(entropy: &dyn Entropy, now: WallTime) -> Result<Zeroizing<Vec<
     Ok(record::encode(Kind::Authority, &[key.seed(), certificate.der()]))
 }
 
-fn parse_authority(stored: &[u8]) -> Result<(PrivateKey, CertificateDer<'static>), RecordError> {
+pub(crate) fn parse_authority(stored: &[u8]) -> Result<(PrivateKey, CertificateDer<'static>), RecordError> {
     let [seed, certificate] = record::decode(Kind::Authority, stored)?;
     let key = PrivateKey::from_seed(Zeroizing::new(record::fixed(seed)?));
     Ok((key, CertificateDer::from(certificate.to_vec())))

@@ -21,21 +21,27 @@ pub enum Role {
     ProcessServer,
     /// A master target server.
     MasterTarget,
+    /// A host that serves branches and brings them home. Its certificate cannot act as a server.
+    RecoveryHost,
 }
 
 impl Role {
+    /// Every role.
+    pub const ALL: [Role; 4] = [Role::Agent, Role::ProcessServer, Role::MasterTarget, Role::RecoveryHost];
+
     /// The short name that stands in certificates.
     pub fn short_name(self) -> &'static str {
         match self {
             Role::Agent => "agent",
             Role::ProcessServer => "ps",
             Role::MasterTarget => "mt",
+            Role::RecoveryHost => "rh",
         }
     }
 
     /// The role with this short name.
     pub fn from_short_name(name: &str) -> Option<Role> {
-        [Role::Agent, Role::ProcessServer, Role::MasterTarget].into_iter().find(|role| role.short_name() == name)
+        Role::ALL.into_iter().find(|role| role.short_name() == name)
     }
 
     pub(crate) fn code(self) -> u8 {
@@ -43,11 +49,12 @@ impl Role {
             Role::Agent => 1,
             Role::ProcessServer => 2,
             Role::MasterTarget => 3,
+            Role::RecoveryHost => 4,
         }
     }
 
     pub(crate) fn from_code(code: u8) -> Option<Role> {
-        [Role::Agent, Role::ProcessServer, Role::MasterTarget].into_iter().find(|role| role.code() == code)
+        Role::ALL.into_iter().find(|role| role.code() == code)
     }
 }
 
@@ -57,6 +64,7 @@ impl fmt::Display for Role {
             Role::Agent => "agent",
             Role::ProcessServer => "process server",
             Role::MasterTarget => "master target",
+            Role::RecoveryHost => "recovery host",
         })
     }
 }
@@ -265,14 +273,14 @@ impl LinkIdentity {
             .map_err(|source| IdentityError::Storage { path: path.to_owned(), source })
     }
 
-    fn encode(&self) -> Zeroizing<Vec<u8>> {
+    pub(crate) fn encode(&self) -> Zeroizing<Vec<u8>> {
         record::encode(
             Kind::Identity,
             &[&self.peer.to_bytes(), self.key.seed(), self.certificate.as_ref(), self.authority.as_ref()],
         )
     }
 
-    fn decode(bytes: &[u8]) -> Result<LinkIdentity, RecordError> {
+    pub(crate) fn decode(bytes: &[u8]) -> Result<LinkIdentity, RecordError> {
         let [peer, seed, certificate, authority] = record::decode(Kind::Identity, bytes)?;
         Ok(LinkIdentity {
             peer: PeerIdentity::from_bytes(peer)?,
@@ -321,7 +329,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_text_may_be_parsed_as_a_name(text in "(farshore:)?(agent|ps|\\PC{0,4}):?\\PC{0,40}") {
+        fn any_text_may_be_parsed_as_a_name(text in "(farshore:)?(agent|ps|rh|\\PC{0,4}):?\\PC{0,40}") {
             if let Some(peer) = PeerIdentity::from_uri(&text) {
                 prop_assert_eq!(peer.to_uri(), text);
             }

@@ -162,13 +162,40 @@ fn decode_answer(bytes: &[u8]) -> Result<Result<JoinGrant, JoinRefusal>, RecordE
         }),
         1 => Err(JoinRefusal::UnknownToken),
         2 => Err(JoinRefusal::WrongSecret),
-        3 => Err(JoinRefusal::Expired { at: WallTime::from_seconds(record::number(first)?) }),
+        3 => Err(JoinRefusal::Expired { at: record::time(first)? }),
         4 => Err(JoinRefusal::AlreadyUsed),
         5 => Err(JoinRefusal::Denied),
         6 => Err(JoinRefusal::BadRequest),
         7 => Err(JoinRefusal::Unavailable),
         _ => return Err(RecordError::Damaged),
     })
+}
+
+/// Reads `bytes` as a request and as an answer; what is understood is written the same again.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn survives(bytes: &[u8]) -> bool {
+    let request = JoinRequest::decode(bytes);
+    if let Ok(request) = &request {
+        assert_eq!(request.encode(), bytes, "a request has one form");
+    }
+    let answer = decode_answer(bytes);
+    if let Ok(answer) = &answer {
+        assert_eq!(decode_answer(&encode_answer(answer)).as_ref(), Ok(answer));
+    }
+    request.is_ok() || answer.is_ok()
+}
+
+/// What is said in joins, by name.
+#[cfg(test)]
+pub(crate) fn samples(token: &JoinToken) -> Vec<(&'static str, Vec<u8>)> {
+    let grant = JoinGrant { certificate: vec![1, 2].into(), authority: vec![3].into() };
+    let expired = JoinRefusal::Expired { at: WallTime::from_seconds(77) };
+    vec![
+        ("request", JoinRequest::new(token, vec![4; 40]).encode().to_vec()),
+        ("grant", encode_answer(&Ok(grant)).to_vec()),
+        ("expired", encode_answer(&Err(expired)).to_vec()),
+        ("denied", encode_answer(&Err(JoinRefusal::Denied)).to_vec()),
+    ]
 }
 
 /// The server's half, on a socket whose handshake chose the join protocol.

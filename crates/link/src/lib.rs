@@ -23,6 +23,8 @@ pub mod connection;
 pub mod connector;
 pub mod error;
 pub mod frame;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 pub mod identity;
 pub mod join;
 pub mod limits;

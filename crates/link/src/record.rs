@@ -4,6 +4,7 @@
 //! "FSHRLINK"  kind u8  version u8  count u8  { length u32 LE  bytes }*  checksum: BLAKE3 of all before, first 16 bytes
 //! ```
 
+use world::WallTime;
 use zeroize::Zeroizing;
 
 use crate::limits::FIELD_BYTES_MAX;
@@ -79,6 +80,19 @@ pub(crate) fn decode<const N: usize>(kind: Kind, bytes: &[u8]) -> Result<[&[u8];
         (*field, rest) = after.split_at(length);
     }
     if rest.is_empty() { Ok(fields) } else { Err(RecordError::Damaged) }
+}
+
+/// A field that holds seconds since 1970. A time that no clock can show is not taken for an earlier one.
+pub(crate) fn time(field: &[u8]) -> Result<WallTime, RecordError> {
+    let seconds = number(field)?;
+    Some(WallTime::from_seconds(seconds)).filter(|time| time.seconds() == seconds).ok_or(RecordError::Damaged)
+}
+
+/// `bytes` with their last bytes made the checksum of the rest, so that a fuzzer gets past it.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn reseal(bytes: &[u8]) -> Vec<u8> {
+    let body = &bytes[..bytes.len().saturating_sub(CHECKSUM_BYTES)];
+    [body, &blake3::hash(body).as_bytes()[..CHECKSUM_BYTES]].concat()
 }
 
 /// A field of a fixed size.

@@ -14,6 +14,7 @@ use zeroize::Zeroizing;
 
 use crate::identity::Role;
 use crate::limits::{ADDRESS_BYTES_MAX, TOKEN_ADDRESSES_MAX, TOKEN_CHARS_MAX};
+use crate::record;
 
 const PREFIX: &str = "farshore-join-";
 const VERSION: u8 = 1;
@@ -63,7 +64,7 @@ impl JoinToken {
     pub fn to_text(&self) -> Result<Zeroizing<String>, TokenError> {
         check_addresses(&self.addresses)?;
         let text: usize = self.addresses.iter().map(|address| 1 + address.len()).sum();
-        let mut bytes = Zeroizing::new(Vec::with_capacity(FIXED_BYTES + text + CHECKSUM_BYTES));
+        let mut bytes = Zeroizing::new(Vec::with_capacity(FIXED_BYTES + text));
         bytes.extend_from_slice(&[VERSION, self.role.code()]);
         bytes.extend_from_slice(&self.expires.seconds().to_le_bytes());
         bytes.extend_from_slice(&self.fingerprint);
@@ -74,12 +75,7 @@ impl JoinToken {
             bytes.push(address.len() as u8);
             bytes.extend_from_slice(address.as_bytes());
         }
-        let checksum = blake3::hash(&bytes);
-        bytes.extend_from_slice(&checksum.as_bytes()[..CHECKSUM_BYTES]);
-        let mut text = Zeroizing::new(String::with_capacity(PREFIX.len() + bytes.len().div_ceil(5) * 8));
-        text.push_str(PREFIX);
-        base32_encode(&bytes, &mut text);
-        Ok(text)
+        Ok(print_bytes(&bytes))
     }
 
     /// The token that `text` prints.
@@ -87,18 +83,7 @@ impl JoinToken {
     /// # Errors
     /// See [`TokenError`]; never panics, whatever the text.
     pub fn parse(text: &str) -> Result<JoinToken, TokenError> {
-        if text.len() > TOKEN_CHARS_MAX {
-            return Err(TokenError::NotAToken);
-        }
-        let mut clean = Zeroizing::new(String::with_capacity(text.len()));
-        clean.extend(text.chars().filter(|c| !c.is_whitespace()).map(|c| c.to_ascii_lowercase()));
-        let digits = clean.strip_prefix(PREFIX).ok_or(TokenError::NotAToken)?;
-        let bytes = base32_decode(digits).ok_or(TokenError::Mistyped)?;
-        let (body, checksum) = bytes.split_last_chunk::<CHECKSUM_BYTES>().ok_or(TokenError::Mistyped)?;
-        if blake3::hash(body).as_bytes()[..CHECKSUM_BYTES] != *checksum {
-            return Err(TokenError::Mistyped);
-        }
-        JoinToken::from_bytes(body)
+        JoinToken::from_bytes(&read_bytes(text)?)
     }
 
     fn from_bytes(body: &[u8]) -> Result<JoinToken, TokenError> {
@@ -109,7 +94,7 @@ impl JoinToken {
         }
         let [role] = rest.take()?;
         let role = Role::from_code(role).ok_or(TokenError::Mistyped)?;
-        let expires = WallTime::from_seconds(u64::from_le_bytes(rest.take()?));
+        let expires = record::time(&rest.take::<8>()?).map_err(|_| TokenError::Mistyped)?;
         let fingerprint = rest.take()?;
         let id = rest.take()?;
         let secret = Zeroizing::new(rest.take()?);
@@ -126,6 +111,33 @@ impl JoinToken {
         check_addresses(&addresses)?;
         Ok(JoinToken { role, expires, fingerprint, id, addresses, secret })
     }
+}
+
+/// The printed form of a token's bytes, with their checksum.
+pub(crate) fn print_bytes(body: &[u8]) -> Zeroizing<String> {
+    let mut bytes = Zeroizing::new(Vec::with_capacity(body.len() + CHECKSUM_BYTES));
+    bytes.extend_from_slice(body);
+    bytes.extend_from_slice(&blake3::hash(body).as_bytes()[..CHECKSUM_BYTES]);
+    let mut text = Zeroizing::new(String::with_capacity(PREFIX.len() + bytes.len().div_ceil(5) * 8));
+    text.push_str(PREFIX);
+    base32_encode(&bytes, &mut text);
+    text
+}
+
+/// The bytes that `text` prints, whose checksum was right.
+pub(crate) fn read_bytes(text: &str) -> Result<Zeroizing<Vec<u8>>, TokenError> {
+    if text.len() > TOKEN_CHARS_MAX {
+        return Err(TokenError::NotAToken);
+    }
+    let mut clean = Zeroizing::new(String::with_capacity(text.len()));
+    clean.extend(text.chars().filter(|c| !c.is_whitespace()).map(|c| c.to_ascii_lowercase()));
+    let digits = clean.strip_prefix(PREFIX).ok_or(TokenError::NotAToken)?;
+    let bytes = base32_decode(digits).ok_or(TokenError::Mistyped)?;
+    let (body, checksum) = bytes.split_last_chunk::<CHECKSUM_BYTES>().ok_or(TokenError::Mistyped)?;
+    if blake3::hash(body).as_bytes()[..CHECKSUM_BYTES] != *checksum {
+        return Err(TokenError::Mistyped);
+    }
+    Ok(Zeroizing::new(body.to_vec()))
 }
 
 impl fmt::Debug for JoinToken {

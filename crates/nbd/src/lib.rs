@@ -17,6 +17,8 @@
 mod channel;
 pub mod client;
 pub mod export;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 pub mod limits;
 pub mod negotiation;
 mod protocol;
