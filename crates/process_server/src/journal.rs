@@ -22,6 +22,8 @@
 
 mod catalog;
 mod format;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
 mod record;
 mod replay;
 pub mod thread;

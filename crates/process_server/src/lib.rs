@@ -4,6 +4,8 @@
 //! A change's way: ingest, [`journal`], seal, upload.
 
 pub mod config;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 pub mod ingest;
 pub mod journal;
 pub mod machine;

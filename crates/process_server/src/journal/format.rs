@@ -62,11 +62,7 @@ impl HostKey {
             return Err(JournalError::KeyMissing { path });
         }
         let key = HostKey::new(entropy.bytes());
-        let mut contents = Zeroizing::new(Vec::with_capacity(64));
-        contents.extend_from_slice(KEY_MAGIC);
-        contents.extend_from_slice(&key.0[..]);
-        let checksum = checksum(&contents);
-        contents.extend_from_slice(&checksum);
+        let contents = key.file_contents();
         let unique = hexadecimal(&entropy.bytes::<8>());
         match durable::publish_private(files, &path, &[&contents], &unique) {
             Ok(()) => Ok(key),
@@ -79,7 +75,17 @@ impl HostKey {
         }
     }
 
-    fn parse(bytes: &[u8]) -> Result<HostKey, JournalError> {
+    /// The bytes of the key file.
+    pub(super) fn file_contents(&self) -> Zeroizing<Vec<u8>> {
+        let mut contents = Zeroizing::new(Vec::with_capacity(64));
+        contents.extend_from_slice(KEY_MAGIC);
+        contents.extend_from_slice(&self.0[..]);
+        let checksum = checksum(&contents);
+        contents.extend_from_slice(&checksum);
+        contents
+    }
+
+    pub(super) fn parse(bytes: &[u8]) -> Result<HostKey, JournalError> {
         let (contents, found) = bytes.split_last_chunk::<CHECKSUM_BYTES>().ok_or(JournalError::KeyDamaged)?;
         if *found != checksum(contents) {
             return Err(JournalError::KeyDamaged);
