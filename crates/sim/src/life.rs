@@ -8,17 +8,19 @@
 //! * once faults stop, everything becomes healthy and the newest point is the machine's present state.
 
 mod final_checks;
+mod gaps;
 mod judge;
 mod misfortune;
 mod report;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use replication::cut::{Cut, PointTime};
 use replication::{ChainId, SequenceNumber};
 use vault::catalog::Catalog;
 use vault::keys::{PassphraseCost, WriterRole};
+use vault::manifest::GapScope;
 use vault::view_source::{CacheBytes, FrameSource};
 use vault::{ChainHistory, ChainTail, FolderStore, Store, UnlockedVault, Vault};
 use world::{Clock, Entropy};
@@ -56,6 +58,9 @@ struct World {
     /// The server that the agent uses.
     assigned: usize,
     suspended_until: [u64; 2],
+    /// Whom the agent used since the last judgement.
+    talked_to: [bool; 2],
+    generations_seen: usize,
     store: Arc<SimStore>,
     vault_files: SimFiles,
     unlocked: UnlockedVault,
@@ -64,7 +69,8 @@ struct World {
     announced: BTreeMap<SequenceNumber, Announced>,
     newest_label: PointTime,
     next_judgement: u64,
-    gap_causes_allowed: u64,
+    misfortunes: Vec<gaps::Misfortune>,
+    gaps_seen: BTreeSet<(SequenceNumber, PointTime, GapScope)>,
     faults: BTreeMap<Fault, u64>,
     trace: blake3::Hasher,
     bug: Option<Bug>,
@@ -96,7 +102,7 @@ impl World {
             .expect("a vault is made in an empty store");
         let shape = SourceShape {
             disk_bytes: vec![320 * 1024, 100 * 1024 + 512],
-            ring_bytes: 64 * 1024,
+            ring_bytes: 96 * 1024,
             write_bytes_max: 12 * 1024,
         };
         let source = Source::new(shape, &time, rng.fork(), bug);
@@ -118,6 +124,8 @@ impl World {
             servers,
             assigned: 0,
             suspended_until: [0; 2],
+            talked_to: [true, false],
+            generations_seen: 0,
             store,
             vault_files,
             unlocked,
@@ -126,7 +134,8 @@ impl World {
             announced: BTreeMap::new(),
             newest_label: PointTime(0),
             next_judgement: 0,
-            gap_causes_allowed: 1,
+            misfortunes: Vec::new(),
+            gaps_seen: BTreeSet::new(),
             faults: BTreeMap::new(),
             trace: blake3::Hasher::new(),
             bug,
@@ -138,6 +147,8 @@ impl World {
     fn live(&mut self) -> Result<Report, String> {
         self.servers.iter_mut().for_each(SimServer::start);
         self.source.start_agent();
+        // The first replication competes with the stream for the link, and may lose.
+        self.may_open_gap(Fault::RingOverflow);
         while self.time.now() < STORMY_NS {
             self.store.set_faults(StoreFaults { refused: 15, answer_lost: 15 });
             self.misfortune();
@@ -192,6 +203,7 @@ impl World {
             }
             self.time.advance(MILLISECOND);
         }
+        self.note_store_faults();
         self.note_end()?;
         if self.time.now() >= self.next_judgement {
             self.next_judgement = self.time.now() + 2 * SECOND + self.rng.below(6 * SECOND);
@@ -204,6 +216,7 @@ impl World {
         let burst = match self.rng.below(400) {
             0 => {
                 self.count(Fault::RingOverflow);
+                self.may_open_gap(Fault::RingOverflow);
                 40
             }
             draw => draw % 3 / 2 * 2,
@@ -217,12 +230,14 @@ impl World {
 
     /// A pipeline may end only because somebody else took the chain over.
     fn note_end(&mut self) -> Result<(), String> {
-        for server in &mut self.servers {
+        let mut stale = 0;
+        for (index, server) in self.servers.iter_mut().enumerate() {
             for end in server.ends.drain(..) {
-                let legal = end.contains("Fenced") || end.contains("Unavailable");
-                if !legal {
+                let fenced = end.contains("Fenced");
+                if !fenced && !end.contains("Unavailable") {
                     return Err(format!("server {}: its pipeline ended: {end}", server.name));
                 }
+                stale += u64::from(fenced && index != self.assigned);
             }
             for reason in server.closed.drain(..) {
                 if !reason.contains("severed") && !reason.contains("Busy") {
@@ -230,6 +245,7 @@ impl World {
                 }
             }
         }
+        (0..stale).for_each(|_| self.count(Fault::StaleWriterFenced));
         Ok(())
     }
 

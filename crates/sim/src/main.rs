@@ -1,18 +1,21 @@
 //! `sim`: many simulated lives, one line of sums, and for each broken promise the command that shows it again.
 
-use std::collections::BTreeMap;
 use std::process::ExitCode;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use sim::life::{Fault, Report, Violation, run};
 use sim::planted::{ALL, Bug};
+
+/// Lives within which each planted bug must be caught.
+const PLANTED_SEEDS: u64 = 200;
 
 struct Options {
     first: u64,
     count: u64,
     bug: Option<Bug>,
     planted: bool,
+    within: u64,
     twice: bool,
 }
 
@@ -20,17 +23,19 @@ fn main() -> ExitCode {
     let options = match parse(std::env::args().skip(1)) {
         Ok(options) => options,
         Err(problem) => {
-            eprintln!("error: {problem}\n  usage: sim [--seeds N] [--from N] [--seed N] [--plant BUG] [--planted]");
+            eprintln!(
+                "error: {problem}\n  usage: sim [--seeds N] [--from N] [--seed N] [--once] [--plant BUG] [--planted [--within N]]"
+            );
             return ExitCode::from(2);
         }
     };
-    let healthy = lives(&options);
-    let caught = !options.planted || planted(200);
+    let healthy = options.count == 0 || lives(&options);
+    let caught = !options.planted || planted(options.within);
     if healthy && caught { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
 fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Options, String> {
-    let mut options = Options { first: 1, count: 100, bug: None, planted: false, twice: true };
+    let mut options = Options { first: 1, count: 100, bug: None, planted: false, within: PLANTED_SEEDS, twice: true };
     while let Some(argument) = arguments.next() {
         let mut number = || -> Result<u64, String> {
             let value = arguments.next().ok_or(format!("{argument} needs a number"))?;
@@ -45,6 +50,7 @@ fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Options, String>
             }
             "--plant" => options.bug = Some(arguments.next().ok_or("--plant needs a bug's name")?.parse()?),
             "--planted" => options.planted = true,
+            "--within" => options.within = number()?,
             "--once" => options.twice = false,
             other => return Err(format!("there is no option {other}")),
         }
@@ -54,42 +60,32 @@ fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Options, String>
 
 /// Runs every seed on all cores. Every tenth runs twice and must do exactly the same.
 fn lives(options: &Options) -> bool {
-    let sums: Mutex<(BTreeMap<Fault, u64>, Report)> = Mutex::default();
+    let sums: Mutex<Report> = Mutex::default();
     let next = AtomicU64::new(options.first);
     let failures = AtomicU64::new(0);
-    let threads = std::thread::available_parallelism().map_or(1, usize::from);
-    std::thread::scope(|scope| {
-        for _ in 0..threads {
-            scope.spawn(|| {
-                loop {
-                    let seed = next.fetch_add(1, Ordering::Relaxed);
-                    if seed >= options.first + options.count {
-                        return;
-                    }
-                    match live(seed, options) {
-                        Ok(report) => add(&sums, &report),
-                        Err(violation) => {
-                            failures.fetch_add(1, Ordering::Relaxed);
-                            eprintln!("{violation}");
-                        }
-                    }
+    on_all_cores(|| {
+        loop {
+            let seed = next.fetch_add(1, Ordering::Relaxed);
+            if seed >= options.first + options.count {
+                return;
+            }
+            match live(seed, options) {
+                Ok(report) => sums.lock().expect("nothing panics while holding the sums").add(&report),
+                Err(violation) => {
+                    failures.fetch_add(1, Ordering::Relaxed);
+                    eprintln!("{violation}");
                 }
-            });
+            }
         }
     });
     let failures = failures.into_inner();
-    let (faults, sum) = sums.into_inner().unwrap_or_default();
-    println!(
-        "faults: {}",
-        Fault::ALL
-            .iter()
-            .map(|fault| { format!("{fault:?} {}", faults.get(fault).copied().unwrap_or(0)) })
-            .collect::<Vec<_>>()
-            .join(", ")
-    );
+    let sum = sums.into_inner().expect("nothing panics while holding the sums");
+    let count = |fault: &Fault| sum.faults.get(fault).copied().unwrap_or(0);
+    let counts: Vec<_> = Fault::ALL.iter().map(|fault| format!("{fault:?} {}", count(fault))).collect();
+    println!("faults: {}", counts.join(", "));
     println!("{} points judged, {} gaps, {} manifests", sum.points, sum.gaps, sum.manifests);
     println!("sim: {} passed, {failures} failed", options.count - failures);
-    let missing: Vec<_> = Fault::ALL.iter().filter(|fault| faults.get(fault).copied().unwrap_or(0) == 0).collect();
+    let missing: Vec<_> = Fault::ALL.iter().filter(|fault| count(fault) == 0).collect();
     if options.count >= 20 && options.bug.is_none() && !missing.is_empty() {
         eprintln!("error: these faults never occurred: {missing:?}");
         return false;
@@ -99,9 +95,8 @@ fn lives(options: &Options) -> bool {
 
 fn live(seed: u64, options: &Options) -> Result<Report, Violation> {
     let report = caught(seed, options.bug)?;
-    if options.twice && seed.is_multiple_of(10) {
-        let again = caught(seed, options.bug)?;
-        assert_eq!(report.trace, again.trace, "seed {seed} did not do the same twice");
+    if options.twice && seed.is_multiple_of(10) && caught(seed, options.bug)?.trace != report.trace {
+        return Err(Violation::of_run(seed, options.bug, "two runs did not do the same".into()));
     }
     Ok(report)
 }
@@ -111,38 +106,45 @@ fn caught(seed: u64, bug: Option<Bug>) -> Result<Report, Violation> {
     std::panic::catch_unwind(|| run(seed, bug)).unwrap_or_else(|panic| {
         let text = panic.downcast_ref::<String>().cloned();
         let what = text.or_else(|| panic.downcast_ref::<&str>().map(ToString::to_string));
-        Err(Violation::panicked(seed, bug, what.unwrap_or_default()))
+        Err(Violation::of_run(seed, bug, format!("panic: {}", what.unwrap_or_default())))
     })
 }
 
-fn add(sums: &Mutex<(BTreeMap<Fault, u64>, Report)>, report: &Report) {
-    let mut sums = sums.lock().expect("nothing panics while holding the sums");
-    for (fault, count) in &report.faults {
-        *sums.0.entry(*fault).or_default() += count;
-    }
-    sums.1.points += report.points;
-    sums.1.gaps += report.gaps;
-    sums.1.manifests += report.manifests;
-}
-
-/// Every planted bug must be caught within `seeds` lives.
+/// Every planted bug must be caught within `seeds` lives. Each core takes the next bug, and a bug's lives end with the
+/// first that catches it.
 fn planted(seeds: u64) -> bool {
+    // Half of the bugs end in a panic of the code they were put into; what it says is in the violation.
     std::panic::set_hook(Box::new(|_| {}));
-    let mut all = true;
-    for bug in ALL {
-        match (1..=seeds).find_map(|seed| caught(seed, Some(bug)).err()) {
-            Some(violation) => {
-                println!("planted {bug:?}: caught by seed {}: {}", violation.seed, first_line(&violation))
-            }
-            None => {
-                all = false;
-                println!("planted {bug:?}: NOT CAUGHT within {seeds} seeds");
+    let next = AtomicUsize::new(0);
+    let missed = AtomicUsize::new(0);
+    on_all_cores(|| {
+        while let Some(&bug) = ALL.get(next.fetch_add(1, Ordering::Relaxed)) {
+            match (1..=seeds).find_map(|seed| caught(seed, Some(bug)).err()) {
+                Some(violation) => println!("planted {bug:?}: caught by {}", shortened(&violation)),
+                None => {
+                    missed.fetch_add(1, Ordering::Relaxed);
+                    let replay = format!("cargo run --release -p sim -- --plant {bug:?} --seeds {seeds} --once");
+                    println!("planted {bug:?}: NOT CAUGHT within {seeds} seeds\n  replay: {replay}");
+                }
             }
         }
-    }
-    all
+    });
+    drop(std::panic::take_hook());
+    let missed = missed.into_inner();
+    println!("planted: {} caught, {missed} missed", ALL.len() - missed);
+    missed == 0
 }
 
-fn first_line(violation: &Violation) -> String {
-    violation.what.chars().take(120).collect()
+fn shortened(violation: &Violation) -> String {
+    let what = violation.what.chars().take(160).collect();
+    Violation { what, ..violation.clone() }.to_string()
+}
+
+fn on_all_cores(work: impl Fn() + Sync) {
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    std::thread::scope(|scope| {
+        for _ in 0..threads {
+            scope.spawn(&work);
+        }
+    });
 }

@@ -10,7 +10,7 @@ pub enum Bug {
     HealBelowOlderWrites,
     /// A heal is placed above the stream that ran while it read.
     HealAboveStream,
-    /// The heal ends at the consumer's position instead of the producer's.
+    /// The heal ends at the position that the consumer has reached, which is in the vault, instead of the producer's.
     ConsumerInsteadOfProducer,
     /// A map epoch is cleared as soon as the next one begins, before its writes are committed.
     MapClearedEarly,
@@ -28,10 +28,16 @@ pub enum Bug {
     EverythingEqual,
     /// After a reboot the maps are trusted.
     RebootIgnored,
+    /// A server that lost its generation takes the chain back at once and tries again what it could not commit.
+    RetryUnderLostGeneration,
+    /// Of two writes to one place, on both sides of a cut, only the later one's bytes are kept.
+    AbsorbedAcrossCut,
+    /// An agent that comes back on a new link is taken for a new one: a gap and a heal for nothing.
+    GapWithoutCause,
 }
 
 /// All of them, in the order in which the test runs them.
-pub const ALL: [Bug; 12] = [
+pub const ALL: [Bug; 15] = [
     Bug::AckBeforeSync,
     Bug::HealBelowOlderWrites,
     Bug::HealAboveStream,
@@ -44,6 +50,9 @@ pub const ALL: [Bug; 12] = [
     Bug::GapNotRecorded,
     Bug::EverythingEqual,
     Bug::RebootIgnored,
+    Bug::RetryUnderLostGeneration,
+    Bug::AbsorbedAcrossCut,
+    Bug::GapWithoutCause,
 ];
 
 impl std::str::FromStr for Bug {

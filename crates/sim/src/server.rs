@@ -6,17 +6,20 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::Duration;
 
 use agent::engine::Wire;
+use bytes::Bytes;
 use process_server::ingest::{ChangeLog, Ingest, Outcome, ReadBack, Work, read_back};
 use process_server::journal::thread::Completion;
 use process_server::journal::{ChainState, HostKey, Journal, JournalConfig, JournalError, Record};
 use process_server::pipeline::{Greeted, Pace, Pipeline, Services};
 use replication::receiver::Event;
 use replication::wire::{Hello, Message};
-use replication::{ChainId, InstanceId, MachineId, PointTime, SequenceNumber};
-use vault::keys::WriterSession;
+use replication::{ByteRange, ChainId, ChangeKind, DiskId, InstanceId, MachineId, PointTime, SequenceNumber};
+use vault::catalog::Catalog;
+use vault::keys::{WriterId, WriterSession};
+use vault::manifest::{Delta, ManifestLink};
 use vault::pack::load_dedup;
 use vault::view_source::{CacheBytes, FrameSource};
-use vault::{OpenKeys, Store, WriterKeys};
+use vault::{ChainHistory, ChainWriter, OpenKeys, Store, WriterKeys};
 use world::{Clock, Entropy};
 
 use crate::clock::{SimClock, TrueTime};
@@ -94,6 +97,8 @@ struct Node {
 pub struct SimServer {
     /// For messages.
     pub name: &'static str,
+    /// Whom its objects name as their writer.
+    pub writer: WriterId,
     machine: MachineId,
     files: SimFiles,
     store: Arc<dyn Store>,
@@ -124,6 +129,7 @@ impl SimServer {
     ) -> SimServer {
         SimServer {
             name,
+            writer: keys.writer(),
             machine,
             files: SimFiles::new(rng.draw()),
             store,
@@ -251,6 +257,11 @@ impl SimServer {
         node.link = Some(link);
     }
 
+    /// The newest manifest that this server believes it committed.
+    pub fn committed_head(&self) -> Option<ManifestLink> {
+        Some(self.running.as_ref()?.node.as_ref()?.pipeline.as_ref()?.writer().head())
+    }
+
     /// Lets the process work for a while.
     pub fn step(&mut self) {
         let bug = self.bug;
@@ -260,7 +271,7 @@ impl SimServer {
             running.log.sync();
         }
         let Some(node) = &mut running.node else { return };
-        node.receive(wall, &mut self.closed);
+        node.receive(wall, bug, &mut self.closed);
         let outcome = node.ingest.poll();
         node.carry_out(outcome, &mut self.closed);
         if node.pipeline.is_none() && node.greeting.is_some() {
@@ -281,6 +292,9 @@ impl SimServer {
             }
         }
         if let Err(reason) = node.work(self.machine, bug, &mut self.closed) {
+            if bug == Some(Bug::RetryUnderLostGeneration) && reason.contains("Fenced") {
+                retry(&running.services, self.machine);
+            }
             self.ends.push(reason);
             node.drop_link();
             running.node = None;
@@ -296,11 +310,16 @@ impl Node {
         self.greeting = None;
     }
 
-    fn receive(&mut self, wall: PointTime, closed: &mut Vec<String>) {
+    fn receive(&mut self, wall: PointTime, bug: Option<Bug>, closed: &mut Vec<String>) {
         for _ in 0..64 {
             let Some(link) = &mut self.link else { return };
             match link.try_receive() {
-                Ok(Some(Message::Hello(hello))) => self.greeting = Some(hello),
+                Ok(Some(Message::Hello(mut hello))) => {
+                    if bug == Some(Bug::GapWithoutCause) {
+                        hello.resume = None;
+                    }
+                    self.greeting = Some(hello);
+                }
                 Ok(Some(message)) => {
                     let outcome = self.ingest.message(message, wall);
                     self.carry_out(outcome, closed);
@@ -308,6 +327,7 @@ impl Node {
                 Ok(None) => return,
                 Err(_) => {
                     self.link = None;
+                    self.greeting = None;
                     let outcome = self.ingest.end();
                     self.carry_out(outcome, closed);
                 }
@@ -334,8 +354,11 @@ impl Node {
     fn work(&mut self, machine: MachineId, bug: Option<Bug>, closed: &mut Vec<String>) -> Result<(), String> {
         let Some(mut pipeline) = self.pipeline.take() else { return Ok(()) };
         let mut events = Vec::new();
+        if bug == Some(Bug::AbsorbedAcrossCut) {
+            absorb_across_cuts(&mut self.inbox);
+        }
         while let Some(work) = self.inbox.pop_front() {
-            let Some(work) = spoil(work, bug, &mut events) else { continue };
+            let Some(work) = spoil(work, bug, pipeline.committed(), &mut events) else { continue };
             trace(machine, &work);
             events.extend(pipeline.work(work).map_err(|error| format!("work: {error:?}"))?);
         }
@@ -372,7 +395,7 @@ impl Node {
 }
 
 /// Applies the planted bugs that sit between ingest and pipeline.
-fn spoil(work: Work, bug: Option<Bug>, events: &mut Vec<Event>) -> Option<Work> {
+fn spoil(work: Work, bug: Option<Bug>, committed: SequenceNumber, events: &mut Vec<Event>) -> Option<Work> {
     Some(match (work, bug) {
         (Work::HealBegin { heal, p0, hashes, planned_bytes }, Some(Bug::HealBelowOlderWrites)) => {
             Work::HealBegin { heal, p0: SequenceNumber(p0.0 - 40), hashes, planned_bytes }
@@ -384,6 +407,10 @@ fn spoil(work: Work, bug: Option<Bug>, events: &mut Vec<Event>) -> Option<Work> 
             cut.sequence = SequenceNumber(cut.sequence.0 - 1);
             Work::Cut(cut)
         }
+        (Work::HealEnd { heal, mut cut }, Some(Bug::ConsumerInsteadOfProducer)) => {
+            cut.sequence = cut.sequence.min(committed);
+            Work::HealEnd { heal, cut }
+        }
         (Work::GapOpened { .. }, Some(Bug::GapNotRecorded)) => return None,
         (Work::Compare { heal, offer, leaves, .. }, Some(Bug::EverythingEqual)) => {
             events.push(Event::Compared { heal, offer, wanted: vec![false; leaves.len()] });
@@ -391,6 +418,38 @@ fn spoil(work: Work, bug: Option<Bug>, events: &mut Vec<Event>) -> Option<Work> 
         }
         (work, _) => work,
     })
+}
+
+/// Every write keeps its place, but what a later write in the queue puts there is in it already.
+fn absorb_across_cuts(inbox: &mut VecDeque<Work>) {
+    let batches = inbox.iter_mut().filter_map(|work| match work {
+        Work::Changes { changes, .. } => Some(changes),
+        _ => None,
+    });
+    let mut later: Vec<(DiskId, ByteRange, Bytes)> = Vec::new();
+    for change in batches.flatten().collect::<Vec<_>>().into_iter().rev() {
+        let ChangeKind::Write { range, data } = &mut change.kind else { continue };
+        let own = data.clone();
+        let mut bytes = data.to_vec();
+        for (_, over, newer) in later.iter().rev().filter(|(disk, ..)| *disk == change.disk) {
+            let (start, end) = (range.start.max(over.start), range.end().min(over.end()));
+            if start < end {
+                let [from, to] = [start - over.start, end - over.start].map(|at| at as usize);
+                bytes[(start - range.start) as usize..(end - range.start) as usize].copy_from_slice(&newer[from..to]);
+            }
+        }
+        later.push((change.disk, *range, own));
+        *data = bytes.into();
+    }
+}
+
+/// Takes the chain back from whoever won it.
+fn retry(services: &Services, machine: MachineId) {
+    let Services { store, session, keys, .. } = services;
+    let Ok(catalog) = Catalog::load(store, keys) else { return };
+    let Some(chain) = catalog.machines.get(&machine).map(|known| known.chain) else { return };
+    let Ok(history) = ChainHistory::load(store, keys, chain) else { return };
+    drop(ChainWriter::open_generation(store, session, keys, &history, "retry", Delta::default()));
 }
 
 /// Shows what the pipeline is given, for people who look for a bug.

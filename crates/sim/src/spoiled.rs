@@ -26,20 +26,23 @@ pub struct Interference {
 }
 
 impl Interference {
-    /// Perhaps writes something into `range` of `disk`.
+    /// Perhaps writes something to `disk`: first anywhere, then into the range that is being read. A heal that shows the
+    /// second without the first shows what never was.
     fn strike(&self, disk: DiskId, offset: u64, len: u64) {
         let mut rng = self.rng.lock().unwrap_or_else(PoisonError::into_inner);
-        let sectors = len / 512;
         let Some((_, device)) = self.disks.iter().find(|(id, _)| *id == disk) else { return };
-        if sectors == 0 || !rng.one_in(12) {
+        if len < 512 || !rng.one_in(12) {
             return;
         }
-        let first = rng.below(sectors);
-        let mut data = vec![0; ((1 + rng.below(8)).min(sectors - first) * 512) as usize];
-        rng.fill(&mut data);
-        let start = offset + first * 512;
-        drop(device.write_at(start, &data));
-        self.done.lock().unwrap_or_else(PoisonError::into_inner).push((disk, start, data));
+        for (start, len) in [(0, device.size()), (offset, len)] {
+            let sectors = len / 512;
+            let first = rng.below(sectors);
+            let mut data = vec![0; ((1 + rng.below(8)).min(sectors - first) * 512) as usize];
+            rng.fill(&mut data);
+            let start = start + first * 512;
+            drop(device.write_at(start, &data));
+            self.done.lock().unwrap_or_else(PoisonError::into_inner).push((disk, start, data));
+        }
     }
 }
 
@@ -47,14 +50,13 @@ impl Interference {
 pub struct SpoiledCapture {
     inner: SplitterCapture,
     bug: Option<Bug>,
-    consumed: RingPosition,
     interference: Interference,
 }
 
 impl SpoiledCapture {
     /// Puts `bug` in front of `inner`, and lets `interference` write while it is read.
     pub fn new(inner: SplitterCapture, bug: Option<Bug>, interference: Interference) -> SpoiledCapture {
-        SpoiledCapture { inner, bug, consumed: RingPosition(0), interference }
+        SpoiledCapture { inner, bug, interference }
     }
 }
 
@@ -64,9 +66,7 @@ impl Capture for SpoiledCapture {
     }
 
     fn next(&mut self) -> Option<Captured> {
-        let captured = self.inner.next()?;
-        self.consumed = captured.end;
-        Some(captured)
+        self.inner.next()
     }
 
     fn rewind(&mut self, to: RingPosition) {
@@ -79,10 +79,8 @@ impl Capture for SpoiledCapture {
 
     fn status(&self) -> CaptureStatus {
         let mut status = self.inner.status();
-        match self.bug {
-            Some(Bug::ConsumerInsteadOfProducer) => status.producer = self.consumed,
-            Some(Bug::GapNotCounted) => status.gap_count = 0,
-            _ => {}
+        if self.bug == Some(Bug::GapNotCounted) {
+            status.gap_count = 0;
         }
         status
     }

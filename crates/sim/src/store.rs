@@ -19,23 +19,29 @@ pub struct StoreFaults {
     pub answer_lost: u64,
 }
 
-/// Counts of what happened.
-#[derive(Debug, Default)]
-pub struct StoreTally {
+/// What happened so far.
+#[derive(Debug, Clone, Copy)]
+pub struct Counts {
     /// Creates refused.
-    pub refused: AtomicU64,
+    pub refused: u64,
     /// Answers lost.
-    pub answers_lost: AtomicU64,
+    pub answers_lost: u64,
     /// Names found taken.
-    pub taken: AtomicU64,
+    pub taken: u64,
+}
+
+#[derive(Debug, Default)]
+struct StoreTally {
+    refused: AtomicU64,
+    answers_lost: AtomicU64,
+    taken: AtomicU64,
 }
 
 /// See the module's documentation.
 pub struct SimStore {
     inner: Arc<dyn Store>,
     state: Mutex<(Rng, StoreFaults)>,
-    /// What happened so far.
-    pub tally: StoreTally,
+    tally: StoreTally,
     bug: Option<Bug>,
 }
 
@@ -48,6 +54,13 @@ impl SimStore {
     /// Sets how often it misbehaves from now on.
     pub fn set_faults(&self, faults: StoreFaults) {
         self.state.lock().unwrap_or_else(PoisonError::into_inner).1 = faults;
+    }
+
+    /// What happened so far.
+    pub fn counts(&self) -> Counts {
+        let read = |count: &AtomicU64| count.load(Ordering::Relaxed);
+        let StoreTally { refused, answers_lost, taken } = &self.tally;
+        Counts { refused: read(refused), answers_lost: read(answers_lost), taken: read(taken) }
     }
 
     fn unavailable(name: &ObjectName) -> StoreError {

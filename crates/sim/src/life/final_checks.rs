@@ -2,13 +2,12 @@
 
 use std::collections::HashSet;
 use std::sync::Arc;
-use std::sync::atomic::Ordering::Relaxed;
 
 use vault::view::ChainView;
 use vault::view_source::{CacheBytes, FrameSource};
 use vault::{ChainHistory, Points, Store};
 
-use super::{Fault, Report, World};
+use super::{Report, World};
 
 impl World {
     pub(super) fn is_healthy(&mut self) -> Result<bool, String> {
@@ -50,14 +49,6 @@ impl World {
         }
         self.nonces_are_unique()?;
         let gaps = complete.gaps().len() as u64;
-        let allowed = self.gap_causes_allowed + self.faults.get(&Fault::RingOverflow).copied().unwrap_or(0);
-        if gaps > 2 * allowed {
-            return Err(format!("{gaps} gaps for {allowed} things that may cause one"));
-        }
-        let tally = &self.store.tally;
-        self.faults.insert(Fault::StoreRefused, tally.refused.load(Relaxed));
-        self.faults.insert(Fault::AnswerLost, tally.answers_lost.load(Relaxed));
-        self.faults.insert(Fault::NameTaken, tally.taken.load(Relaxed));
         self.trace.update(&complete.head.digest).update(&self.time.now().to_le_bytes());
         let trace = self.trace.finalize();
         Ok(Report {

@@ -6,7 +6,7 @@ use replication::SequenceNumber;
 use replication::cut::{Cut, PointTime};
 use vault::points::Which;
 use vault::view::ChainView;
-use vault::{Points, Store};
+use vault::{ChainHistory, Points, Store};
 
 use crate::clock::START_WALL_NS;
 use crate::model::{StateDigest, digest};
@@ -17,6 +17,8 @@ impl World {
     /// Judges every point announced since the last time.
     pub(super) fn judge(&mut self) -> Result<(), String> {
         let Some(history) = self.history()? else { return Ok(()) };
+        self.judge_gaps(&history)?;
+        self.judge_writers(&history)?;
         let store: Arc<dyn Store> = self.store.clone();
         let keys = Arc::clone(self.unlocked.keys());
         let points = Points::new(&store, &keys, &history);
@@ -56,6 +58,31 @@ impl World {
             let oldest_needed = self.source.model.requests_before(label.saturating_sub(slack));
             if self.source.model.incarnations() == 0 && newest < oldest_needed {
                 return Err(format!("{cut:?} lacks requests made {slack} ns before its label"));
+            }
+        }
+        Ok(())
+    }
+
+    /// A writer that lost its name commits nothing, and knows it: what a server believes to be committed is, and only
+    /// whom the agent talked to since the last time has opened a generation.
+    fn judge_writers(&mut self, history: &ChainHistory) -> Result<(), String> {
+        for generation in &history.generations[self.generations_seen..] {
+            let mut servers = self.servers.iter().zip(&self.talked_to);
+            if let Some((server, _)) = servers.find(|(server, talked)| server.writer == generation.writer && !**talked)
+            {
+                let (name, reason) = (server.name, &generation.reason);
+                return Err(format!("server {name} opened {:?} ({reason:?}) on its own", generation.generation));
+            }
+        }
+        self.generations_seen = history.generations.len();
+        self.talked_to = [false; 2];
+        self.talked_to[self.assigned] = true;
+        let store: Arc<dyn Store> = self.store.clone();
+        for server in &self.servers {
+            let Some(head) = server.committed_head() else { continue };
+            let keys = self.unlocked.keys();
+            if !history.contains(&store, keys, head.number, head.nonce).map_err(|error| format!("{error:?}"))? {
+                return Err(format!("server {} believes that it committed {head:?}, which is not so", server.name));
             }
         }
         Ok(())

@@ -7,32 +7,32 @@ use crate::files::PowerCut;
 use super::{Fault, SECOND, World};
 
 impl World {
-    /// Perhaps something goes wrong. Whatever may cost continuity allows one more gap.
+    /// Perhaps something goes wrong.
     pub(super) fn misfortune(&mut self) {
         let draw = self.rng.below(6000);
         match draw {
             0..=19 => {
-                self.count(Fault::LinkLost);
+                self.strike(Fault::LinkLost);
                 self.source.unplug();
             }
             20..=39 => {
-                self.count(Fault::LinkStalled);
+                self.strike(Fault::LinkStalled);
                 let stall = self.rng.below(4 * SECOND);
                 if let Some(link) = self.source.link() {
                     link.stall(stall);
                 }
             }
             40..=43 => {
-                self.count(Fault::AgentKilled);
+                self.strike(Fault::AgentKilled);
                 self.source.kill_agent();
             }
             44..=46 => {
-                self.count(Fault::SourcePowerCut);
+                self.strike(Fault::SourcePowerCut);
                 self.source.power_cut();
             }
             47..=48 => self.revert_source(),
             49..=51 => {
-                self.count(Fault::WriteFailed);
+                self.strike(Fault::WriteFailed);
                 self.source.fail_a_write();
                 // What a failed write left is for nobody to say, so no other write may follow before the agent has seen
                 // it: the model knows one answer only.
@@ -43,30 +43,31 @@ impl World {
                 self.source.break_sector();
             }
             53..=57 => {
-                self.count(Fault::ServerKilled);
+                self.strike(Fault::ServerKilled);
                 self.servers[self.assigned].kill();
             }
             58..=60 => {
-                self.count(Fault::ServerPowerCut);
+                self.strike(Fault::ServerPowerCut);
                 self.servers[self.assigned].power_cut();
             }
             61..=62 => {
-                self.count(Fault::ServerLost);
+                self.strike(Fault::ServerLost);
                 self.servers[self.assigned].lose();
             }
             63..=65 => {
-                self.count(Fault::ServerSuspended);
+                self.strike(Fault::ServerSuspended);
                 let until = self.time.now() + self.rng.below(40 * SECOND);
                 self.suspended_until[self.assigned] = until;
             }
             66..=69 => {
                 // The old server is alive, or asleep with work in its hands, and does not know.
-                self.count(Fault::MovedByForce);
+                self.strike(Fault::MovedByForce);
                 self.source.unplug();
                 if self.rng.one_in(2) {
                     self.suspended_until[self.assigned] = self.time.now() + self.rng.below(30 * SECOND);
                 }
                 self.assigned = 1 - self.assigned;
+                self.talked_to[self.assigned] = true;
             }
             70..=71 => {
                 self.count(Fault::VaultPowerCut);
@@ -85,14 +86,19 @@ impl World {
                 self.source.clock.set_wall_error(error);
             }
             78..=79 => self.snapshot = Some(self.source.snapshot()),
-            _ => return,
+            _ => {}
         }
-        self.gap_causes_allowed += 1;
+    }
+
+    /// Counts a fault that may cost continuity.
+    fn strike(&mut self, fault: Fault) {
+        self.count(fault);
+        self.may_open_gap(fault);
     }
 
     fn revert_source(&mut self) {
         if let Some(images) = self.snapshot.take() {
-            self.count(Fault::SourceReverted);
+            self.strike(Fault::SourceReverted);
             self.source.revert(&images);
         }
     }

@@ -22,7 +22,7 @@ macro_rules! faults {
 faults! {
     LinkLost, LinkStalled, AgentKilled, SourcePowerCut, SourceReverted, WriteFailed, SectorUnreadable, RingOverflow,
     ServerKilled, ServerPowerCut, ServerLost, ServerSuspended, MovedByForce, VaultPowerCut, StoreRefused, AnswerLost,
-    Garbage, SourceClockJump, ServerClockJump, NameTaken,
+    Garbage, SourceClockJump, ServerClockJump, NameTaken, StaleWriterFenced,
 }
 
 /// What a run saw.
@@ -40,8 +40,20 @@ pub struct Report {
     pub trace: u64,
 }
 
+impl Report {
+    /// Adds what another run saw. Traces of different runs have no sum.
+    pub fn add(&mut self, other: &Report) {
+        for (fault, count) in &other.faults {
+            *self.faults.entry(*fault).or_default() += count;
+        }
+        self.points += other.points;
+        self.gaps += other.gaps;
+        self.manifests += other.manifests;
+    }
+}
+
 /// A broken promise, with the command that shows it again.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Violation {
     /// The run.
     pub seed: u64,
@@ -54,9 +66,9 @@ pub struct Violation {
 }
 
 impl Violation {
-    /// The code under test panicked.
-    pub fn panicked(seed: u64, bug: Option<Bug>, what: String) -> Violation {
-        Violation { seed, at_ns: 0, what: format!("panic: {what}"), bug }
+    /// Something about a whole run, such as a panic of the code under test.
+    pub fn of_run(seed: u64, bug: Option<Bug>, what: String) -> Violation {
+        Violation { seed, at_ns: 0, what, bug }
     }
 }
 

@@ -1,0 +1,116 @@
+//! No gap without a reason: each gap must belong to a misfortune that may have caused it.
+//!
+//! A gap says why it opened. The judge knows which misfortunes may lead to that, pairs the gap with one that happened a
+//! short while before, and uses each misfortune once: the first break stands until a heal ends, so one misfortune opens
+//! one gap at most. A gap for which no misfortune is left is a broken promise, however plausible its reason.
+
+use vault::ChainHistory;
+use vault::manifest::Gap;
+
+use super::{Fault, SECOND, World};
+
+/// How long after its misfortune a gap may come to light: a server may sleep for 40 s, then has to catch up, and commits
+/// every few seconds.
+const DELAY_NS_MAX: u64 = 50 * SECOND;
+
+/// Something that may open a gap.
+pub(super) struct Misfortune {
+    at_ns: u64,
+    fault: Fault,
+    /// The gap that it opened was seen.
+    used: bool,
+}
+
+/// The agent's memory of the stream is gone.
+const AGENT: &[Fault] = &[Fault::AgentKilled, Fault::SourcePowerCut, Fault::SourceReverted];
+/// The link is gone for a while, or whoever is at its other end: the ring fills up.
+const OUTAGE: &[Fault] = &[
+    Fault::RingOverflow,
+    Fault::LinkLost,
+    Fault::LinkStalled,
+    Fault::ServerKilled,
+    Fault::ServerPowerCut,
+    Fault::ServerLost,
+    Fault::ServerSuspended,
+    Fault::MovedByForce,
+    Fault::StoreRefused,
+    Fault::AnswerLost,
+];
+/// Another server continues the chain, or the same one without knowing that it was the last: it did not learn that it won
+/// its generation's name, or had not yet noted it durably.
+const TAKEN_OVER: &[Fault] = &[
+    Fault::MovedByForce,
+    Fault::ServerLost,
+    Fault::ServerKilled,
+    Fault::ServerPowerCut,
+    Fault::AnswerLost,
+    Fault::StoreRefused,
+];
+
+/// What may open a gap that says `cause`; `None` if nothing that happens in this world may.
+fn misfortunes_for(cause: &str) -> Option<&'static [Fault]> {
+    Some(match cause {
+        "the agent was restarted" | "the agent started" => AGENT,
+        "the send buffer was full" | "the heal was interrupted" => OUTAGE,
+        "a process server took over" | "another process server took over" => TAKEN_OVER,
+        // A crash loses nothing that was acknowledged; only the loss of the disk does.
+        "the process server's journal was lost" => &[Fault::ServerLost, Fault::MovedByForce],
+        "a write failed" => &[Fault::WriteFailed],
+        _ => return None,
+    })
+}
+
+impl World {
+    /// Notes something that may open a gap.
+    pub(super) fn may_open_gap(&mut self, fault: Fault) {
+        self.misfortunes.push(Misfortune { at_ns: self.time.now(), fault, used: false });
+    }
+
+    /// Notes what the store did since the last time.
+    pub(super) fn note_store_faults(&mut self) {
+        let tally = self.store.counts();
+        for (fault, count) in [(Fault::StoreRefused, tally.refused), (Fault::AnswerLost, tally.answers_lost)] {
+            let known = self.faults.insert(fault, count).unwrap_or(0);
+            (known..count).for_each(|_| self.may_open_gap(fault));
+        }
+        self.faults.insert(Fault::NameTaken, tally.taken);
+    }
+
+    /// Judges the gaps that were recorded since the last time.
+    pub(super) fn judge_gaps(&mut self, history: &ChainHistory) -> Result<(), String> {
+        for gap in history.gaps() {
+            let name = (gap.after, gap.time, gap.scope.clone());
+            if !self.gaps_seen.contains(&name) {
+                self.gaps_seen.insert(name);
+                self.judge_gap(&gap)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn judge_gap(&mut self, gap: &Gap) -> Result<(), String> {
+        if self.gaps_seen.len() == 1 {
+            let first = gap.cause == "initial replication";
+            return if first { Ok(()) } else { Err(format!("{gap:?} is not the initial replication")) };
+        }
+        let Some(kinds) = misfortunes_for(&gap.cause) else {
+            return Err(format!("{gap:?}: nothing that happened may open such a gap"));
+        };
+        let oldest = self.time.now().saturating_sub(DELAY_NS_MAX);
+        let mut candidates = self.misfortunes.iter_mut();
+        let found = candidates.find(|one| !one.used && one.at_ns >= oldest && kinds.contains(&one.fault));
+        match found {
+            Some(misfortune) => {
+                misfortune.used = true;
+                if std::env::var_os("FARSHORE_SIM_TRACE").is_some() {
+                    let age = (self.time.now() - misfortune.at_ns) as f64 / 1e9;
+                    eprintln!("gap {:?}: {:?} {age:.1} s before", gap.cause, misfortune.fault);
+                }
+            }
+            None => {
+                return Err(format!("{gap:?}: nothing that may open it happened, or it opened another gap already"));
+            }
+        }
+        Ok(())
+    }
+}
