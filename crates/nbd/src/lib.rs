@@ -20,6 +20,7 @@ pub mod export;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
 pub mod limits;
+mod memory;
 pub mod negotiation;
 mod protocol;
 pub mod reply;

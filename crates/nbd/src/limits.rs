@@ -4,8 +4,15 @@ use std::time::Duration;
 
 /// Largest read or write in bytes. What qemu and libnbd send at most.
 pub const REQUEST_BYTES_MAX: u32 = 32 << 20;
-/// Bytes of requests and replies that one connection has in flight at most; its client then waits.
-pub const IN_FLIGHT_BYTES_MAX: usize = 64 << 20;
+/// Bytes of requests and replies that one connection has in flight at most, unless a single one is larger; its client
+/// then waits. What 64 requests of nbdcopy take.
+pub const IN_FLIGHT_BYTES_MAX: usize = 16 << 20;
+/// The same over all connections of a server, unless the options say otherwise; requests of up to
+/// [`INLINE_BYTES_MAX`] that the receiving thread executes itself do not count.
+pub const SERVER_IN_FLIGHT_BYTES_MAX: usize = 256 << 20;
+/// Time that a client may take nothing of a reply, or send nothing of a request's data that was begun, before it is cut
+/// off: what it holds of [`SERVER_IN_FLIGHT_BYTES_MAX`] is missing to all others.
+pub const STALL_MAX: Duration = Duration::from_secs(300);
 /// Requests that one connection has in flight at most.
 pub const IN_FLIGHT_REQUESTS_MAX: usize = 128;
 /// Largest request in bytes that the thread which received it may execute itself.

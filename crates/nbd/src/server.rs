@@ -20,6 +20,7 @@ use rustls::ServerConfig;
 use crate::channel::{Channel, Inbox, Socket};
 use crate::export::Exports;
 use crate::limits;
+use crate::memory::Memory;
 use crate::negotiation::{Agreed, Encryption, Negotiation, Next, OPTION_HEADER_BYTES, decode_option, greeting};
 use crate::transmission::transmit;
 
@@ -71,6 +72,8 @@ pub struct ServerOptions {
     pub connections_max: usize,
     /// Threads that one connection may use besides its own.
     pub workers_per_connection: usize,
+    /// Bytes of large requests and replies in flight, over all connections.
+    pub in_flight_bytes_max: usize,
     /// If set, TCP clients must begin TLS before anything is told to them. A request of such a connection waits for
     /// the one before it.
     pub tls: Option<Arc<ServerConfig>>,
@@ -81,6 +84,7 @@ impl Default for ServerOptions {
         ServerOptions {
             connections_max: limits::CONNECTIONS_MAX,
             workers_per_connection: limits::WORKERS_PER_CONNECTION,
+            in_flight_bytes_max: limits::SERVER_IN_FLIGHT_BYTES_MAX,
             tls: None,
         }
     }
@@ -101,6 +105,7 @@ impl Server {
     ) -> Result<ServerHandle, ServeError> {
         let shared = Arc::new(Shared {
             exports,
+            memory: Memory::new(options.in_flight_bytes_max),
             options,
             stopping: AtomicBool::new(false),
             connections: Mutex::new(Connections::default()),
@@ -137,6 +142,7 @@ enum Listener {
 struct Shared {
     exports: Arc<dyn Exports>,
     options: ServerOptions,
+    memory: Arc<Memory>,
     /// Set under the lock of `connections`, so that no connection begins after it.
     stopping: AtomicBool,
     connections: Mutex<Connections>,
@@ -369,9 +375,10 @@ impl Shared {
             return Ok(());
         };
         channel.set_read_timeout(None)?;
-        channel.set_write_timeout(None)?;
+        channel.set_write_timeout(Some(limits::STALL_MAX))?;
         tracing::debug!(export = agreed.name, terms = ?agreed.terms, "an NBD client uses an export");
-        let result = transmit(&channel, inbox, &agreed, self.options.workers_per_connection, &self.stopping);
+        let result =
+            transmit(&channel, inbox, &agreed, self.options.workers_per_connection, &self.memory, &self.stopping);
         channel.close();
         result
     }

@@ -8,7 +8,8 @@
 //! Whether a small request is quick is measured: a running average of the device's time decides for reads and for
 //! writes. A warm device is thus served by one thread without any hand-over, a cold one by several at once.
 //!
-//! Invariants: a reply is sent after its request took effect; requests in flight and their bytes are bounded; when
+//! Invariants: a reply is sent after its request took effect; requests in flight and their bytes are bounded,
+//! for this connection and for all of a server; when
 //! the reader stops, whatever was accepted is still executed and answered before the threads end.
 
 use std::collections::VecDeque;
@@ -16,7 +17,7 @@ use std::io;
 use std::net::Shutdown;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Condvar, Mutex, MutexGuard};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread;
 use std::time::Instant;
 
@@ -24,6 +25,7 @@ use world::{BlockDevice, BlockError, Extent};
 
 use crate::channel::{Channel, Inbox};
 use crate::limits;
+use crate::memory::{Held, Memory};
 use crate::negotiation::Agreed;
 use crate::protocol::{CMD_BLOCK_STATUS, CMD_READ};
 use crate::reply::{Outbox, error_code};
@@ -36,6 +38,7 @@ pub(crate) fn transmit(
     inbox: Inbox,
     agreed: &Agreed,
     workers_max: usize,
+    memory: &Arc<Memory>,
     stopping: &AtomicBool,
 ) -> io::Result<()> {
     let connection = Connection {
@@ -43,6 +46,7 @@ pub(crate) fn transmit(
         agreed,
         // A TLS stream has one state for both directions, so one thread does everything.
         workers_max: if channel.is_encrypted() { 0 } else { workers_max },
+        memory,
         sending: Mutex::new(()),
         queue: Mutex::new(Queue::default()),
         work: Condvar::new(),
@@ -65,6 +69,7 @@ struct Connection<'a> {
     channel: &'a Channel,
     agreed: &'a Agreed,
     workers_max: usize,
+    memory: &'a Arc<Memory>,
     sending: Mutex<()>,
     queue: Mutex<Queue>,
     /// Signalled when a job was queued or the queue closed.
@@ -92,6 +97,7 @@ struct Job {
     request: Request,
     payload: Vec<u8>,
     weight: usize,
+    held: Held,
 }
 
 struct CloseQueue<'a>(&'a Connection<'a>);
@@ -140,10 +146,13 @@ impl<'a> Reader<'a> {
             if self.outbox.len() >= limits::OUTBOX_BYTES_GATHERED {
                 connection.send(&mut self.outbox)?;
             }
-            if connection.runs_inline(&request, payload) {
-                self.run_inline(header.cookie, &request, payload)?;
+            let weight = weight_of(&request, payload);
+            if !connection.runs_inline(&request, payload) {
+                self.hand_over(scope, header.cookie, request, payload, weight)?;
+            } else if weight > limits::INLINE_BYTES_MAX {
+                self.run_counted(header.cookie, &request, payload, weight)?;
             } else {
-                self.hand_over(scope, header.cookie, request, payload)?;
+                self.run_inline(header.cookie, &request, payload)?;
             }
         }
     }
@@ -174,12 +183,32 @@ impl<'a> Reader<'a> {
             self.connection.execute(cookie, request, data, &mut self.outbox);
             self.inbox.consume(payload);
         } else {
-            self.connection.send(&mut self.outbox)?;
-            let mut data = vec![0; payload];
-            self.inbox.read_exact(self.connection.channel, &mut data)?;
+            let data = self.receive_data(payload)?;
             self.connection.execute(cookie, request, &data, &mut self.outbox);
         }
         Ok(())
+    }
+
+    /// As [`Reader::run_inline`], for a request that counts as memory.
+    fn run_counted(&mut self, cookie: u64, request: &Request, payload: usize, weight: usize) -> io::Result<()> {
+        self.connection.send(&mut self.outbox)?;
+        let _held = self.connection.memory.hold(weight);
+        self.run_inline(cookie, request, payload)?;
+        self.connection.send(&mut self.outbox)
+    }
+
+    /// The data of a write. A client that began it must go on with it.
+    fn receive_data(&mut self, payload: usize) -> io::Result<Vec<u8>> {
+        let channel = self.connection.channel;
+        let mut data = vec![0; payload];
+        if payload > limits::INLINE_BYTES_MAX {
+            channel.set_read_timeout(Some(limits::STALL_MAX))?;
+            self.inbox.read_exact(channel, &mut data)?;
+            channel.set_read_timeout(None)?;
+        } else {
+            self.inbox.read_exact(channel, &mut data)?;
+        }
+        Ok(data)
     }
 
     fn hand_over<'scope>(
@@ -188,25 +217,18 @@ impl<'a> Reader<'a> {
         cookie: u64,
         request: Request,
         payload: usize,
+        weight: usize,
     ) -> io::Result<()>
     where
         'a: 'scope,
     {
         let connection = self.connection;
         connection.send(&mut self.outbox)?;
-        let weight = match &request {
-            Request::Read(range, _) => (range.end - range.start) as usize,
-            Request::Status(..) => limits::STATUS_EXTENTS_MAX * 8,
-            _ => payload,
-        };
         connection.wait_for_room(weight);
-        let mut data = vec![0; payload];
-        if let Err(error) = self.inbox.read_exact(connection.channel, &mut data) {
-            connection.finished(weight);
-            return Err(error);
-        }
+        let held = connection.memory.hold(weight);
+        let data = self.receive_data(payload).inspect_err(|_| connection.finished(weight))?;
         let mut queue = connection.lock_queue();
-        queue.jobs.push_back(Job { cookie, request, payload: data, weight });
+        queue.jobs.push_back(Job { cookie, request, payload: data, weight, held });
         if queue.idle_workers < queue.jobs.len() && queue.workers < connection.workers_max {
             queue.workers += 1;
             drop(queue);
@@ -260,7 +282,7 @@ impl Connection<'_> {
     fn work(&self) {
         let mut outbox = Outbox::new();
         while let Some(job) = self.next_job(&mut outbox) {
-            let _finish = FinishJob { connection: self, weight: job.weight };
+            let _finish = FinishJob { connection: self, weight: job.weight, _held: job.held };
             if self.broken.load(Ordering::Relaxed) {
                 continue;
             }
@@ -363,11 +385,21 @@ impl Connection<'_> {
     }
 }
 
+/// Bytes that a request and its reply take.
+fn weight_of(request: &Request, payload: usize) -> usize {
+    match request {
+        Request::Read(range, _) => (range.end - range.start) as usize,
+        Request::Status(..) => limits::STATUS_EXTENTS_MAX * 8,
+        _ => payload,
+    }
+}
+
 /// Frees a job's place in flight, also when the device panicked: then the connection ends, because one of its
 /// requests will never be answered.
 struct FinishJob<'a> {
     connection: &'a Connection<'a>,
     weight: usize,
+    _held: Held,
 }
 
 impl Drop for FinishJob<'_> {
