@@ -2,10 +2,14 @@
 //!
 //! * `test`: everything that must hold before a change is merged, on a machine that has only Rust and a C compiler.
 //! * `tidy`: the rules about the source tree that no compiler checks.
+//! * `fuzz`: throws bytes at every parser of bytes from outside.
+//! * `bpf`: builds the capture programs, after a change of their source.
 //! * `bench`: Farshore beside its peers, on the same disk, in the same run.
 
 mod bench;
+mod bpf;
 mod components;
+mod fuzz;
 mod process;
 mod skips;
 mod stages;
@@ -24,6 +28,11 @@ usage: cargo xtask <command> [options]
             --seeds N      how many seeds the simulation runs (default 200, with --quick 20)
             --list         print the stages and stop
   tidy    check the rules about the source tree
+  fuzz    run the fuzzers, all or those named; exits non-zero if one finds something
+            --seconds N    how long each runs (default 60)
+            --input FILE   run one target on this input and stop
+            --list         print the targets and stop
+  bpf     build the capture programs' object from their source
   bench   measure beside peers
             --size BYTES   size of the reference disk, e.g. 2GiB (default 1GiB)
             --full         the reference disk of the published table, 16 GiB, and --write
@@ -31,6 +40,7 @@ usage: cargo xtask <command> [options]
             --only CASE    run just this case (repeatable)
             --scratch DIR  where disks and repositories go (default: below the target directory)
             --keep         leave the reference disk there for the next run
+            --programs DIR measure the programs in DIR instead of building them
             --no-install   leave out peers that are not installed
             --list         print the cases and stop
 ";
@@ -44,6 +54,8 @@ fn main() -> ExitCode {
     let outcome = match command.as_str() {
         "test" => stages::Options::parse(rest).map(|options| stages::run(&options)),
         "tidy" if rest.is_empty() => Ok(tidy::run()),
+        "fuzz" => fuzz::Options::parse(rest).map(|options| fuzz::run(&options)),
+        "bpf" if rest.is_empty() => Ok(bpf::write()),
         "bench" => bench::Options::parse(rest).map(|options| bench::run(&options)),
         "help" | "--help" | "-h" => {
             print!("{USAGE}");

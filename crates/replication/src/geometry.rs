@@ -60,14 +60,16 @@ impl ByteRange {
 
     /// The largest range of whole `unit`s inside this one, if there is any.
     pub fn whole_units(self, unit: u64) -> Option<ByteRange> {
-        ByteRange::between(self.start.div_ceil(unit) * unit, self.end() / unit * unit)
+        // Ranges come from outside and may end at the last byte there is.
+        ByteRange::between(self.start.div_ceil(unit).checked_mul(unit)?, self.end() / unit * unit)
     }
 
     /// This range cut at every multiple of `unit`, in order.
     pub fn split_at_multiples(self, unit: u64) -> impl Iterator<Item = ByteRange> {
         let mut start = self.start;
         std::iter::from_fn(move || {
-            let end = ((start / unit + 1) * unit).min(self.end());
+            let edge = (start / unit).checked_add(1).and_then(|units| units.checked_mul(unit));
+            let end = edge.unwrap_or(u64::MAX).min(self.end());
             let piece = ByteRange::between(start, end)?;
             start = end;
             Some(piece)

@@ -19,6 +19,8 @@ use crate::limits;
 pub use builder::{ObjectBuilder, SealedObject};
 pub use frame::{Compression, FrameSealer};
 pub(crate) use header::ParsedHeader;
+#[cfg(any(test, fuzzing))]
+pub(crate) use {frame::frame_survives, header::Parse};
 pub use header::{Header, Placement};
 pub use reader::{ObjectReader, verify_body_without_keys};
 pub(crate) use reader::{read_header, verify_signature};

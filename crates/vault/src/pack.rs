@@ -187,7 +187,7 @@ impl PackWriter {
     }
 }
 
-fn encode_index(chunks: &[(LeafHash, FrameRef)]) -> Vec<u8> {
+pub(crate) fn encode_index(chunks: &[(LeafHash, FrameRef)]) -> Vec<u8> {
     let mut out = Encoder::with_capacity(16 + chunks.len() * 24);
     out.u8(LAYOUT).varint(chunks.len() as u64);
     let (mut end, mut ordinal) = (0, 0);

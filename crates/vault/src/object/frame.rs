@@ -119,6 +119,29 @@ impl FrameKeys {
     }
 }
 
+/// Opens a frame that holds `content` and claims `plain_len` bytes; whatever it gives has that length.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn frame_survives(plain_len: u32, content: &[u8]) -> bool {
+    let key = || LessSafeKey::new(UnboundKey::new(&AES_256_GCM, &[1; 32]).expect("AES-256 takes 32 bytes"));
+    let keys = FrameKeys { associated: [2; 32], data: Some(Arc::new(key())), index: Arc::new(key()) };
+    let mut sealed = content.to_vec();
+    key()
+        .seal_in_place_append_tag(nonce(3), Aad::from(keys.associated), &mut sealed)
+        .expect("a frame is below the cipher's limit of 64 GiB");
+    let sealed_len = sealed.len() as u32;
+    let frame = FrameRef { offset: 0, sealed_len, plain_len, ordinal: 3, class: FrameClass::Index };
+    match keys.open(&frame, &sealed) {
+        Ok(plain) => {
+            assert_eq!(plain.len(), plain_len as usize);
+            true
+        }
+        Err(damage) => {
+            assert_eq!(damage, Damage::Compression(3));
+            false
+        }
+    }
+}
+
 fn nonce(ordinal: u32) -> Nonce {
     let mut bytes = [0; 12];
     bytes[..4].copy_from_slice(&ordinal.to_le_bytes());

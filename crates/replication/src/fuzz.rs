@@ -1,0 +1,180 @@
+//! Fuzz targets of this crate: bytes that a peer may send. Compiled for tests and fuzzers only; see `fuzz/README.md`.
+
+use bytes::Bytes;
+
+use crate::codec::Decoder;
+use crate::wire::Message;
+use crate::{ByteRange, Change};
+
+/// `kind ‖ body` of a message: what is understood is encoded to something that is understood the same.
+pub fn wire_message(data: &[u8]) -> bool {
+    let Some((&kind, body)) = data.split_first() else { return false };
+    let Ok(message) = Message::decode(kind, Bytes::copy_from_slice(body)) else { return false };
+    let frame = message.encode();
+    assert_eq!(frame.kind, kind);
+    assert_eq!(Message::decode(frame.kind, frame.body()), Ok(message));
+    true
+}
+
+/// A change as journals store it, without and with its data, and the ranges in it.
+pub fn change(data: &[u8]) -> bool {
+    let mut input = Decoder::new(data.to_vec());
+    let Ok(mut change) = Change::decode_head(&mut input) else { return false };
+    if change.attach_data(&mut input).is_err() {
+        return false;
+    }
+    if let Some(range) = change.kind.range() {
+        assert!(range.len > 0 && range.start.checked_add(range.len).is_some(), "{range:?}");
+        let pieces: Vec<ByteRange> = range.split_at_multiples(1 << 50).collect();
+        assert_eq!(pieces.iter().map(|piece| piece.len).sum::<u64>(), range.len);
+        assert!(range.whole_units(1 << 50).is_none_or(|units| units.start >= range.start && units.len <= range.len));
+    }
+    let mut out = crate::codec::Encoder::new();
+    change.encode_head(&mut out);
+    if let crate::ChangeKind::Write { data, .. } = &change.kind {
+        out.raw(data);
+    }
+    let mut again = Decoder::new(out.finish());
+    let mut read = Change::decode_head(&mut again).expect("what was encoded is decoded");
+    read.attach_data(&mut again).expect("what was encoded is decoded");
+    assert_eq!(read, change);
+    true
+}
+
+#[cfg(test)]
+#[path = "../../../fuzz/replay.rs"]
+mod replay;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::codec::Encoder;
+    use crate::leaf::LeafKey;
+    use crate::wire::{
+        HealContent, HealNeed, Hello, OfferHashes, OfferedLeaf, PROTOCOL_VERSION, RefusalCode, Resume, Welcome,
+    };
+    use crate::{
+        ChainId, ChangeKind, DiskGeometry, DiskId, DiskIdentity, Generation, HealId, InstanceId, MachineId, MarkerKind,
+        PointTime, Ranges, Reach, SequenceNumber, SourceTime, StreamHash,
+    };
+
+    fn geometry() -> DiskGeometry {
+        DiskGeometry {
+            disk: DiskId(1),
+            path: "/dev/vda".into(),
+            identity: DiskIdentity { serial: "serial-1".into(), fingerprint: [3; 16] },
+            size_bytes: 1 << 30,
+            logical_sector_bytes: 512,
+            physical_sector_bytes: 4096,
+        }
+    }
+
+    fn changes() -> Vec<Change> {
+        let range = ByteRange::new(8192, 4096);
+        let kinds = [
+            ChangeKind::Write { range: ByteRange::new(4096, 5), data: Bytes::from_static(b"bytes") },
+            ChangeKind::Zero { range },
+            ChangeKind::Discard { range },
+            ChangeKind::Marker { kind: MarkerKind::Application, name: "before the update".into() },
+            ChangeKind::Geometry(geometry()),
+            ChangeKind::HealStart { heal: HealId(4) },
+            ChangeKind::Zero { range: ByteRange::new(u64::MAX - 4096, 4096) },
+        ];
+        let change = |(index, kind)| Change {
+            sequence: SequenceNumber(Generation(2).base().0 + 1 + index),
+            time: SourceTime(1_000_000 * index),
+            disk: DiskId(1),
+            continues: index == 0,
+            kind,
+        };
+        (0..).zip(kinds).map(change).collect()
+    }
+
+    fn messages() -> Vec<(&'static str, Message)> {
+        let (chain, heal, sequence) = (ChainId([2; 16]), HealId(1), SequenceNumber(9));
+        let (disk, offer, hash) = (DiskId(1), 2, StreamHash([6; 32]));
+        let lacking = Ranges::of([(disk, ByteRange::new(0, 4096)), (disk, ByteRange::new(1 << 30, 512))]);
+        let hello = Hello {
+            version: PROTOCOL_VERSION,
+            machine: MachineId([1; 16]),
+            instance: InstanceId([4; 16]),
+            boot: [5; 16],
+            vm_generation: [0; 16],
+            name: "söme machine".into(),
+            disks: vec![geometry()],
+            resume: Some(Resume { chain, generation: Generation(3), released: sequence, sent: sequence, hash }),
+            need: HealNeed::Maps,
+            cleared: Some((chain, sequence)),
+            now: SourceTime(77),
+            started: PointTime(5),
+            lacking: lacking.clone(),
+        };
+        let welcome = Welcome {
+            version: PROTOCOL_VERSION,
+            chain,
+            generation: Generation(3),
+            resume_after: sequence,
+            continues: true,
+            hash,
+            committed: sequence,
+            need: HealNeed::Whole,
+            base_empty: false,
+            window_bytes: 16 << 20,
+        };
+        let hashes = OfferHashes::Keyed(LeafKey::new([7; 32]));
+        let leaves = vec![OfferedLeaf::Zero, OfferedLeaf::Hash([8; 16]), OfferedLeaf::Unknown, OfferedLeaf::Unreadable];
+        let data = |content| Message::HealData { heal, disk, range: ByteRange::new(4096, 4), content };
+        let begin =
+            Message::HealBegin { heal, p0: sequence, whole: true, reach: Reach::Machine, hashes, planned_bytes: 9 };
+        let names = vec![OfferedLeaf::Hash([8; 16]), OfferedLeaf::Zero];
+        let granules = Message::OfferGranules { heal, offer, disk, start: 8192, leaves: 20, granules: names };
+        vec![
+            ("hello", Message::Hello(hello)),
+            ("welcome", Message::Welcome(welcome)),
+            ("refuse", Message::Refuse { code: RefusalCode::Fenced, reason: "another writer".into() }),
+            ("changes", Message::Changes(changes())),
+            ("proof", Message::Proof { captured: sequence, time: SourceTime(1), now: SourceTime(2) }),
+            ("break", Message::Break { at: sequence, reach: Reach::Machine, cause: "overflow".into() }),
+            ("break-of-ranges", Message::Break { at: sequence, reach: Reach::Ranges(lacking), cause: "grown".into() }),
+            ("ack", Message::Ack { journaled: sequence, committed: sequence, window_bytes: 1 << 20 }),
+            ("heal-begin", begin),
+            ("offer", Message::Offer { heal, offer, disk, start: 8192, leaves: leaves.clone() }),
+            ("offer-granules", granules),
+            ("offer-leaves", Message::OfferLeaves { heal, offer, leaves }),
+            ("wants", Message::Wants { heal, offer, wanted: Bytes::from_static(&[0b0101]) }),
+            ("heal-data", data(HealContent::Data(Bytes::from_static(b"data")))),
+            ("heal-zero", data(HealContent::Zero)),
+            ("heal-credit", Message::HealCredit { heal, received_bytes: 4096 }),
+            ("heal-end", Message::HealEnd { heal, end: sequence }),
+            ("heal-abort", Message::HealAbort { heal, cause: "a break".into() }),
+            ("heal-committed", Message::HealCommitted { heal }),
+            ("heal-restart", Message::HealRestart { heal, reason: "busy".into() }),
+            ("bye", Message::Bye { reason: "stopped".into() }),
+        ]
+    }
+
+    #[test]
+    fn wire_messages() {
+        let bytes = |message: &Message| {
+            let frame = message.encode();
+            [&[frame.kind][..], &frame.body()].concat()
+        };
+        let seeds: Vec<_> = messages().iter().map(|(name, message)| (*name, bytes(message))).collect();
+        replay::replay("wire_message", wire_message, &seeds);
+    }
+
+    #[test]
+    fn stored_changes() {
+        let names = ["write", "zero", "discard", "marker", "geometry", "heal-start", "last-bytes"];
+        let bytes = |change: &Change| {
+            let mut out = Encoder::new();
+            change.encode_head(&mut out);
+            if let ChangeKind::Write { data, .. } = &change.kind {
+                out.raw(data);
+            }
+            out.finish()
+        };
+        let seeds: Vec<_> = names.into_iter().zip(changes().iter().map(bytes)).collect();
+        replay::replay("change", change, &seeds);
+    }
+}
