@@ -5,19 +5,22 @@
 
 mod cases;
 mod disk;
+mod promises;
 mod report;
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 
 use crate::components::{self, Permission};
 use crate::process::{Usage, find_program, measure};
-use crate::workspace::Workspace;
+use crate::workspace::{Workspace, cargo};
 
 use disk::Reference;
+use promises::{Promise, Promised};
 
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
@@ -32,6 +35,7 @@ pub(crate) struct Options {
     size: u64,
     only: Vec<String>,
     scratch: Option<PathBuf>,
+    programs: Option<PathBuf>,
     keep: bool,
     write: bool,
     no_install: bool,
@@ -46,6 +50,7 @@ impl Options {
             size: SIZE,
             only: Vec::new(),
             scratch: None,
+            programs: None,
             keep: false,
             write: false,
             no_install: false,
@@ -61,6 +66,7 @@ impl Options {
                 }
                 "--size" => options.size = parse_size(value()?)?,
                 "--scratch" => options.scratch = Some(PathBuf::from(value()?)),
+                "--programs" => options.programs = Some(PathBuf::from(value()?)),
                 "--write" => options.write = true,
                 "--keep" => options.keep = true,
                 "--no-install" => options.no_install = true,
@@ -128,11 +134,11 @@ impl Question {
     }
 }
 
-/// What is promised about a row, as ratios to the baselines of its table.
+/// What is promised about a row: ratios to the baselines of its table.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 struct Target {
-    time_ratio_max: Option<f64>,
-    stored_ratio_max: Option<f64>,
+    time_ratio_max: Option<(Promised, f64)>,
+    stored_ratio_max: Option<(Promised, f64)>,
 }
 
 /// One line of a table.
@@ -164,6 +170,29 @@ impl Row {
     }
 }
 
+/// What a case found out.
+#[derive(Debug, Default)]
+struct Measured {
+    rows: Vec<Row>,
+    /// What was promised and needs no baseline to be judged.
+    promises: Vec<Promise>,
+    /// Sentences that explain the figures: where time went, what was special.
+    remarks: Vec<String>,
+}
+
+impl From<Vec<Row>> for Measured {
+    fn from(rows: Vec<Row>) -> Measured {
+        Measured { rows, ..Measured::default() }
+    }
+}
+
+/// What a case measures on.
+struct Subject<'a> {
+    disk: &'a Reference,
+    /// Where our own programs are.
+    programs: &'a Path,
+}
+
 /// One tool, measured.
 trait Case {
     /// What `--only` calls it.
@@ -172,8 +201,13 @@ trait Case {
     /// Programs without which it is left out, and said to be.
     fn needs(&self) -> &'static [&'static str];
 
-    /// Measures on `disk`; everything it writes goes below `scratch`, an empty directory that is removed afterwards.
-    fn run(&self, disk: &Reference, scratch: &std::path::Path) -> Result<Vec<Row>>;
+    /// Whether it measures our own programs.
+    fn is_ours(&self) -> bool {
+        false
+    }
+
+    /// Measures; everything it writes goes below `scratch`, an empty directory that is removed afterwards.
+    fn run(&self, subject: &Subject<'_>, scratch: &Path) -> Result<Measured>;
 }
 
 /// Runs the wanted cases. `Ok(false)` if one failed.
@@ -190,31 +224,52 @@ pub(crate) fn run(options: &Options) -> Result<bool> {
     // A directory of our own even below the given one: it is removed at the end.
     let base = options.scratch.as_ref().unwrap_or(&workspace.target).join("farshore-bench");
     fs::create_dir_all(&base).with_context(|| format!("cannot create {}", base.display()))?;
+    let wanted: Vec<_> = cases::all()
+        .into_iter()
+        .filter(|case| options.only.is_empty() || options.only.iter().any(|name| name == case.name()))
+        .collect();
+    let programs = match &options.programs {
+        Some(programs) => programs.canonicalize().with_context(|| format!("no {}", programs.display()))?,
+        None => workspace.target.join("release"),
+    };
+    if options.programs.is_none() && wanted.iter().any(|case| case.is_ours()) {
+        crate::process::run(cargo().args(["build", "--release", "--package", "farshore", "--bins"]))?;
+    }
     let disk = Reference::provide(&base, options.size)?;
-    let mut rows = Vec::new();
+    let mut all = Measured::default();
     let mut left_out = Vec::new();
     let mut failed = 0;
-    for case in cases::all() {
-        if !options.only.is_empty() && !options.only.iter().any(|name| name == case.name()) {
-            continue;
-        }
+    let begun = Instant::now();
+    for case in wanted {
         let lacking: Vec<_> = case.needs().iter().filter(|program| find_program(program).is_none()).copied().collect();
         if !lacking.is_empty() {
             println!("SKIPPED: bench {}: {} is not installed", case.name(), lacking.join(", "));
             left_out.push(format!("{} ({} is not installed)", case.name(), lacking.join(", ")));
             continue;
         }
-        println!("== {}", case.name());
+        println!("== {} ({} s since the start)", case.name(), begun.elapsed().as_secs());
         let scratch = base.join(case.name());
         remove_directory(&scratch)?;
         fs::create_dir(&scratch).with_context(|| format!("cannot create {}", scratch.display()))?;
         disk.warm()?;
-        match case.run(&disk, &scratch) {
+        let outcome = case.run(&Subject { disk: &disk, programs: &programs }, &scratch);
+        // A case may have changed the disk to measure again; the next one begins with the disk as it was.
+        disk.restore()?;
+        remove_directory(&scratch)?;
+        match outcome {
             Ok(measured) => {
-                for row in &measured {
+                for row in &measured.rows {
                     println!("  {}: {:.2} s", row.name, row.usage.wall.as_secs_f64());
                 }
-                rows.extend(measured);
+                for promise in &measured.promises {
+                    println!("  {promise}");
+                }
+                for remark in &measured.remarks {
+                    println!("  {remark}");
+                }
+                all.rows.extend(measured.rows);
+                all.promises.extend(measured.promises);
+                all.remarks.extend(measured.remarks);
             }
             Err(failure) => {
                 failed += 1;
@@ -222,9 +277,8 @@ pub(crate) fn run(options: &Options) -> Result<bool> {
                 left_out.push(format!("{} (failed)", case.name()));
             }
         }
-        remove_directory(&scratch)?;
     }
-    let text = report::render(&rows, &left_out, &disk, &report::Machine::here()?);
+    let text = report::render(&all, &left_out, &disk, &report::Machine::here()?);
     println!("\n{text}");
     if !options.write {
         println!("docs/benchmarks.md is left as it was: it is written with --full or --write");
@@ -239,7 +293,7 @@ pub(crate) fn run(options: &Options) -> Result<bool> {
     Ok(failed == 0)
 }
 
-fn remove_directory(path: &std::path::Path) -> Result<()> {
+fn remove_directory(path: &Path) -> Result<()> {
     match fs::remove_dir_all(path) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
             Err(error).with_context(|| format!("cannot remove {}", path.display()))
@@ -249,7 +303,7 @@ fn remove_directory(path: &std::path::Path) -> Result<()> {
 }
 
 /// Bytes of all files below a directory, or of one file, as stored (holes do not count).
-fn stored_bytes(path: &std::path::Path) -> Result<u64> {
+fn stored_bytes(path: &Path) -> Result<u64> {
     use std::os::unix::fs::MetadataExt;
     let meta = fs::symlink_metadata(path).with_context(|| format!("cannot look at {}", path.display()))?;
     if !meta.is_dir() {
@@ -259,7 +313,7 @@ fn stored_bytes(path: &std::path::Path) -> Result<u64> {
 }
 
 /// Runs a program of a peer in `scratch`, with nothing of the user's own settings, and measures it.
-fn measure_in(scratch: &std::path::Path, command: &mut Command) -> Result<Usage> {
+fn measure_in(scratch: &Path, command: &mut Command) -> Result<Usage> {
     ensure!(scratch.is_dir(), "{} is not there", scratch.display());
     // What it prints on standard output is either data (a restore to a pipe) or chatter.
     command.current_dir(scratch).env("HOME", scratch).stdout(std::process::Stdio::null());

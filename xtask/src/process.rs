@@ -1,6 +1,8 @@
 //! Child processes: where programs are found, how their output is shown, and what they used.
 
+use std::collections::BTreeMap;
 use std::ffi::OsString;
+use std::fmt;
 use std::fs;
 use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
@@ -177,9 +179,68 @@ fn parse_processor_time(stat: &str) -> Option<(Duration, Duration)> {
     Some((duration(ticks(11)? + ticks(13)?), duration(ticks(12)? + ticks(14)?)))
 }
 
-/// Resident bytes of a process and all its descendants, now.
+/// Processor time of a process by the names of its threads; threads that have ended count together.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct ThreadTimes(BTreeMap<String, Duration>);
+
+/// What the threads of `pid` have used so far; nothing if it is gone.
+pub(crate) fn thread_times(pid: u32) -> ThreadTimes {
+    let mut times = BTreeMap::<String, Duration>::new();
+    let mut listed = Duration::ZERO;
+    for task in fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten() {
+        let Ok(stat) = fs::read_to_string(task.path().join("stat")) else { continue };
+        let (Some((user, system)), Some(name)) = (parse_processor_time(&stat), parse_name(&stat)) else { continue };
+        *times.entry(name.to_owned()).or_default() += user + system;
+        listed += user + system;
+    }
+    let all = processor_time(pid).map_or(Duration::ZERO, |(user, system)| user + system);
+    times.insert("short-lived".to_owned(), all.saturating_sub(listed));
+    ThreadTimes(times)
+}
+
+impl ThreadTimes {
+    /// What was used since `earlier`, of the same process.
+    pub(crate) fn since(&self, earlier: &ThreadTimes) -> ThreadTimes {
+        let before = |name: &String| earlier.0.get(name).copied().unwrap_or_default();
+        ThreadTimes(self.0.iter().map(|(name, time)| (name.clone(), time.saturating_sub(before(name)))).collect())
+    }
+}
+
+impl fmt::Display for ThreadTimes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut times: Vec<_> = self.0.iter().filter(|(_, time)| **time >= Duration::from_millis(50)).collect();
+        times.sort_by_key(|(_, time)| std::cmp::Reverse(**time));
+        let all: Duration = self.0.values().sum();
+        write!(f, "{:.2} s (", all.as_secs_f64())?;
+        for (index, (name, time)) in times.into_iter().enumerate() {
+            write!(f, "{}{name} {:.2}", if index == 0 { "" } else { ", " }, time.as_secs_f64())?;
+        }
+        f.write_str(")")
+    }
+}
+
+/// The name within brackets in `/proc/PID/stat`, without the id that follows a role in names such as `chain 1f2e`.
+fn parse_name(stat: &str) -> Option<&str> {
+    stat.get(stat.find('(')? + 1..stat.rfind(')')?)?.split(' ').next()
+}
+
+/// The largest resident set that a process had so far, in bytes; zero if it is gone.
+pub(crate) fn resident_bytes_peak(pid: u32) -> u64 {
+    resident(pid, "VmHWM:")
+}
+
+/// The resident set of a process now, in bytes; zero if it is gone.
+pub(crate) fn resident_bytes_now(pid: u32) -> u64 {
+    resident(pid, "VmRSS:")
+}
+
+fn resident(pid: u32, field: &str) -> u64 {
+    fs::read_to_string(format!("/proc/{pid}/status")).ok().and_then(|s| parse_resident(&s, field)).unwrap_or(0)
+}
+
+/// The high-water marks of a process and all its descendants together, so that a peak between two samples counts.
 fn resident_bytes_of_tree(pid: u32) -> u64 {
-    let own = fs::read_to_string(format!("/proc/{pid}/status")).ok().and_then(|s| parse_resident(&s)).unwrap_or(0);
+    let own = resident_bytes_peak(pid);
     let children = fs::read_dir(format!("/proc/{pid}/task"))
         .into_iter()
         .flatten()
@@ -191,9 +252,9 @@ fn resident_bytes_of_tree(pid: u32) -> u64 {
     own + children
 }
 
-/// The high-water mark, so that a peak between two samples counts.
-fn parse_resident(status: &str) -> Option<u64> {
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+/// A field of `/proc/PID/status` in bytes.
+fn parse_resident(status: &str, field: &str) -> Option<u64> {
+    let line = status.lines().find_map(|line| line.strip_prefix(field))?;
     line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok().map(|kib| kib * 1024)
 }
 
@@ -206,6 +267,7 @@ mod tests {
         let stat = "7 (a) b (c) S 1 7 7 0 -1 4194304 10 20 0 0 150 25 50 5 20 0 1 0 99 1 2";
         assert_eq!(parse_processor_time(stat), Some((Duration::from_secs(2), Duration::from_millis(300))));
         assert_eq!(parse_processor_time("7 (short) S 1"), None);
+        assert_eq!(parse_name("7 (chain 1f2e) S 1"), Some("chain"));
     }
 
     #[test]

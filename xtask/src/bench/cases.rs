@@ -25,5 +25,8 @@ pub(super) fn all() -> Vec<Box<dyn Case>> {
         Box::new(restic::Restic),
         Box::new(borg::Borg),
         Box::new(farshore::Farshore),
+        Box::new(farshore::Day),
+        Box::new(farshore::Idle),
+        Box::new(farshore::Churn),
     ]
 }

@@ -1,8 +1,8 @@
-//! The reference disk: an ext4 image with real files of this machine and some random bytes, and a second image that
-//! differs from it by random 4 KiB writes. Both are only ever read by the cases.
+//! The reference disk: an ext4 image with real files of this machine and some random bytes, and the random 4 KiB writes that
+//! make another one of it. Cases only read it.
 
 use std::fs::{self, File};
-use std::io::{Read, Write};
+use std::io::{BufReader, BufWriter, Read, Write};
 use std::os::unix::fs::{FileExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -24,34 +24,45 @@ const RANDOM_SIXTEENTHS: u64 = 1;
 /// The part of the disk that the random writes change: 256 MiB of 16 GiB.
 const CHANGED_PART: u64 = 64;
 
-/// Both images, ready to be read.
+/// The disk, ready to be read, and the blocks that make it another one.
+///
+/// There is one image for both, changed in place and restored: two would not fit beside the repositories of the peers.
 #[derive(Debug)]
 pub(super) struct Reference {
     image: PathBuf,
-    changed: PathBuf,
+    /// The blocks that differ, as they are at first and after the change, in order.
+    before: PathBuf,
+    after: PathBuf,
+    /// Exists while the image may be in its changed state, also across a kill of this program.
+    mark: PathBuf,
     pub(super) size: u64,
     pub(super) used_bytes: u64,
     pub(super) changed_bytes: u64,
 }
 
 impl Reference {
-    /// Builds the images below `base`, or takes those that an earlier run with `--keep` left.
+    /// Builds the image below `base`, or takes the one that an earlier run with `--keep` left.
     pub(super) fn provide(base: &Path, size: u64) -> Result<Reference> {
-        let image = base.join(format!("disk-{}MiB.img", size / MIB));
-        let changed = base.join(format!("changed-{}MiB.img", size / MIB));
-        let blocks = size / CHANGED_PART / BLOCK;
-        // The changed image gets its name last: when it is there, both are complete.
-        if !changed.exists() {
+        let path = |kind: &str| base.join(format!("disk-{}MiB.{kind}", size / MIB));
+        let mut disk = Reference {
+            image: path("img"),
+            before: path("before"),
+            after: path("after"),
+            mark: path("is-changed"),
+            size,
+            used_bytes: 0,
+            changed_bytes: size / CHANGED_PART / BLOCK * BLOCK,
+        };
+        ensure!(disk.changed_bytes > 0, "the disk is too small to change a part of it");
+        // This file gets its name last: when it is there, all are complete.
+        if !disk.after.exists() {
             println!("building the reference disk of {} MiB", size / MIB);
-            build_image(base, &image, size)?;
-            let unfinished = base.join("changed.tmp");
-            copy_sparse(&image, &unfinished)?;
-            write_random_blocks(&unfinished, size, blocks)?;
-            fs::hard_link(&unfinished, &changed).context("cannot name the changed disk")?;
-            fs::remove_file(&unfinished)?;
+            build_image(base, &disk.image, size)?;
+            disk.choose_changes()?;
         }
-        let used_bytes = stored_bytes(&image)?;
-        Ok(Reference { image, changed, size, used_bytes, changed_bytes: blocks * BLOCK })
+        disk.restore()?;
+        disk.used_bytes = stored_bytes(&disk.image)?;
+        Ok(disk)
     }
 
     /// The disk itself.
@@ -64,28 +75,85 @@ impl Reference {
         link_over(&self.image, path)
     }
 
-    /// Gives the changed disk the name `path`, replacing what was there.
-    pub(super) fn place_changed_at(&self, path: &Path) -> Result<()> {
-        link_over(&self.changed, path)
+    /// Writes the random blocks, until the case ends.
+    pub(super) fn change(&self) -> Result<()> {
+        File::create(&self.mark)?;
+        self.write_blocks(&self.after)
     }
 
-    /// Every block that the changed disk has in another way, with its offset, in order.
+    /// The disk as it was before [`Reference::change`].
+    pub(super) fn restore(&self) -> Result<()> {
+        if !self.mark.exists() {
+            return Ok(());
+        }
+        self.write_blocks(&self.before)?;
+        fs::remove_file(&self.mark).context("cannot remove the mark of a changed disk")
+    }
+
+    /// Every block of the changed disk that differs, with its offset, in order.
     pub(super) fn for_each_change(&self, mut visit: impl FnMut(u64, &[u8]) -> Result<()>) -> Result<()> {
-        let changed = File::open(&self.changed)?;
+        let mut blocks = BufReader::with_capacity(MIB as usize, File::open(&self.after)?);
         let mut buffer = [0; BLOCK as usize];
         for block in scattered(self.size / BLOCK, self.changed_bytes / BLOCK) {
-            changed.read_exact_at(&mut buffer, block * BLOCK)?;
+            blocks.read_exact(&mut buffer)?;
             visit(block * BLOCK, &buffer)?;
         }
         Ok(())
     }
 
-    /// Reads both images once, so that every case finds them in the page cache (as far as it is large enough).
+    /// Reads the image once, so that every case finds it in the page cache (as far as that is large enough).
     pub(super) fn warm(&self) -> Result<()> {
         let mut buffer = vec![0; MIB as usize];
-        for path in [&self.changed, &self.image] {
-            let mut file = File::open(path)?;
-            while file.read(&mut buffer)? > 0 {}
+        let mut file = File::open(&self.image)?;
+        while file.read(&mut buffer)? > 0 {}
+        Ok(())
+    }
+
+    /// Offsets of `count` blocks with data in the middle of the disk.
+    pub(super) fn blocks_with_data(&self, count: usize) -> Result<Vec<u64>> {
+        let image = File::open(&self.image)?;
+        let mut buffer = vec![0; MIB as usize];
+        let mut found = Vec::with_capacity(count);
+        for start in (self.size / 4 / MIB * MIB..self.size).step_by(MIB as usize) {
+            image.read_exact_at(&mut buffer, start)?;
+            let blocks = (start..).step_by(BLOCK as usize).zip(buffer.chunks_exact(BLOCK as usize));
+            found.extend(blocks.filter(|(_, block)| block.iter().any(|byte| *byte != 0)).map(|(offset, _)| offset));
+            if found.len() >= count {
+                found.truncate(count);
+                break;
+            }
+        }
+        ensure!(!found.is_empty(), "the disk is empty");
+        Ok(found)
+    }
+
+    fn choose_changes(&self) -> Result<()> {
+        let image = File::open(&self.image)?;
+        let mut random = File::open("/dev/urandom")?;
+        let unfinished = self.after.with_extension("tmp");
+        let mut before = BufWriter::with_capacity(MIB as usize, File::create(&self.before)?);
+        let mut after = BufWriter::with_capacity(MIB as usize, File::create(&unfinished)?);
+        let mut buffer = [0; BLOCK as usize];
+        for block in scattered(self.size / BLOCK, self.changed_bytes / BLOCK) {
+            image.read_exact_at(&mut buffer, block * BLOCK)?;
+            before.write_all(&buffer)?;
+            random.read_exact(&mut buffer)?;
+            after.write_all(&buffer)?;
+        }
+        before.flush()?;
+        after.flush()?;
+        fs::hard_link(&unfinished, &self.after).context("cannot name the changed blocks")?;
+        fs::remove_file(&unfinished)?;
+        Ok(())
+    }
+
+    fn write_blocks(&self, from: &Path) -> Result<()> {
+        let image = fs::OpenOptions::new().write(true).open(&self.image)?;
+        let mut blocks = BufReader::with_capacity(MIB as usize, File::open(from)?);
+        let mut buffer = [0; BLOCK as usize];
+        for block in scattered(self.size / BLOCK, self.changed_bytes / BLOCK) {
+            blocks.read_exact(&mut buffer)?;
+            image.write_all_at(&buffer, block * BLOCK)?;
         }
         Ok(())
     }
@@ -159,26 +227,13 @@ fn copy_files(from: &Path, to: &Path, left: &mut u64) -> Result<()> {
     Ok(())
 }
 
-fn copy_sparse(from: &Path, to: &Path) -> Result<()> {
+/// A copy of an image that needs no room for its holes.
+pub(super) fn copy_sparse(from: &Path, to: &Path) -> Result<()> {
     process::run(Command::new("cp").args(["--sparse=always", "--reflink=auto", "--"]).arg(from).arg(to))
 }
 
-/// Overwrites `count` random blocks, each once, with random bytes.
-fn write_random_blocks(path: &Path, size: u64, count: u64) -> Result<()> {
-    ensure!(count > 0, "the disk is too small to change a part of it");
-    let file = fs::OpenOptions::new().write(true).open(path)?;
-    let mut random = File::open("/dev/urandom")?;
-    let mut buffer = [0; BLOCK as usize];
-    for block in scattered(size / BLOCK, count) {
-        random.read_exact(&mut buffer)?;
-        file.write_all_at(&buffer, block * BLOCK)?;
-    }
-    (&file).flush()?;
-    Ok(())
-}
-
 /// `count` different numbers below `total`, scattered, the same in each run: one per stretch of equal length.
-fn scattered(total: u64, count: u64) -> impl Iterator<Item = u64> {
+pub(super) fn scattered(total: u64, count: u64) -> impl Iterator<Item = u64> {
     let stretch = total / count;
     let mut state = 0x9e37_79b9_7f4a_7c15_u64;
     (0..count).map(move |index| {
@@ -207,6 +262,38 @@ mod tests {
         assert!(*blocks.last().unwrap() < 64_000 && *blocks.last().unwrap() >= 63_936);
         let offsets: std::collections::BTreeSet<u64> = blocks.iter().map(|block| block % 64).collect();
         assert!(offsets.len() > 50, "the places follow a pattern: {offsets:?}");
+    }
+
+    #[test]
+    fn a_changed_disk_is_restored_also_after_a_kill() {
+        let base = std::env::temp_dir().join(format!("farshore-xtask-changes-{}", std::process::id()));
+        fs::create_dir_all(&base).unwrap();
+        let path = |name: &str| base.join(name);
+        let image: Vec<u8> = (0..64 * 4096u32).map(|index| (index / 4096) as u8).collect();
+        fs::write(path("img"), &image).unwrap();
+        let disk = Reference {
+            image: path("img"),
+            before: path("before"),
+            after: path("after"),
+            mark: path("mark"),
+            size: 64 * 4096,
+            used_bytes: 0,
+            changed_bytes: 8 * 4096,
+        };
+        disk.choose_changes().unwrap();
+        disk.change().unwrap();
+        let changed = fs::read(path("img")).unwrap();
+        let mut seen = 0;
+        disk.for_each_change(|offset, block| {
+            seen += 1;
+            assert!(changed[offset as usize..][..4096] == *block && image[offset as usize..][..4096] != *block);
+            Ok(())
+        })
+        .unwrap();
+        assert_eq!(seen, 8);
+        disk.restore().unwrap();
+        assert!(fs::read(path("img")).unwrap() == image && !path("mark").exists());
+        fs::remove_dir_all(base).unwrap();
     }
 
     #[test]

@@ -9,7 +9,8 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 
 use super::disk::{Reference, describe_size};
-use super::{MIB, Question, Row};
+use super::promises::Promise;
+use super::{MIB, Measured, Question, Row};
 
 const PAGE: &str = "docs/benchmarks.md";
 /// What stands between these lines is ours; the text around them is kept.
@@ -48,7 +49,7 @@ impl Machine {
 }
 
 /// The whole measured part as Markdown that reads well on a terminal too.
-pub(super) fn render(rows: &[Row], left_out: &[String], disk: &Reference, machine: &Machine) -> String {
+pub(super) fn render(measured: &Measured, left_out: &[String], disk: &Reference, machine: &Machine) -> String {
     let mut text = String::new();
     let mut line = |words: String| {
         text.push_str(&words);
@@ -68,6 +69,15 @@ pub(super) fn render(rows: &[Row], left_out: &[String], disk: &Reference, machin
         describe_size(disk.used_bytes),
         describe_size(disk.changed_bytes)
     ));
+    let rows = &measured.rows;
+    let mut promises = measured.promises.clone();
+    promises.extend(promises_about(rows));
+    if !promises.is_empty() {
+        promises.sort_by_key(|promise| promise.promised);
+        let mut cells = vec![["what", "target", "measured", ""].map(str::to_owned).to_vec()];
+        cells.extend(promises.iter().map(Promise::cells));
+        line(format!("\n### What was promised\n\n{}", aligned(&cells, &[]).trim_end()));
+    }
     let mut questions: Vec<Question> = rows.iter().map(|row| row.question).collect();
     questions.sort_unstable();
     questions.dedup();
@@ -75,6 +85,10 @@ pub(super) fn render(rows: &[Row], left_out: &[String], disk: &Reference, machin
         let rows: Vec<&Row> = rows.iter().filter(|row| row.question == question).collect();
         line(format!("\n### {}\n", question.title()));
         line(table(question, &rows, disk).trim_end().to_owned());
+    }
+    if !measured.remarks.is_empty() {
+        line("\n### Remarks\n".to_owned());
+        measured.remarks.iter().for_each(|remark| line(format!("* {remark}")));
     }
     if !left_out.is_empty() {
         line(format!("\nLeft out: {}.", left_out.join("; ")));
@@ -114,14 +128,41 @@ fn table(question: Question, rows: &[&Row], disk: &Reference) -> String {
             cell.push(shown(stored_ratio));
         }
         let verdicts = [
-            verdict("time", row.target.time_ratio_max, time_ratio),
-            verdict("stored", row.target.stored_ratio_max, stored_ratio),
+            verdict("time", row.target.time_ratio_max.map(|(_, max)| max), time_ratio),
+            verdict("stored", row.target.stored_ratio_max.map(|(_, max)| max), stored_ratio),
             row.note.clone(),
         ];
         cell.push(verdicts.into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join("; "));
         cells.push(cell);
     }
-    aligned(&cells)
+    let figures: Vec<usize> = (1..cells[0].len() - 1).collect();
+    aligned(&cells, &figures)
+}
+
+/// The promises that are ratios between rows.
+fn promises_about(rows: &[Row]) -> Vec<Promise> {
+    let mut promises = Vec::new();
+    for row in rows {
+        let find = |name: &str| rows.iter().find(|other| other.question == row.question && other.name == name);
+        let wall = |row: &Row| row.usage.wall.as_secs_f64();
+        if let Some((promised, max)) = row.target.time_ratio_max
+            && let Some(base) = find(row.question.time_baseline())
+        {
+            let ratio = wall(row) / wall(base);
+            let rate = if max < 1.0 { format!("{:.1} × its rate", 1.0 / ratio) } else { format!("{ratio:.2} ×") };
+            let measured = format!("{rate} ({} against {})", seconds(row.usage.wall), seconds(base.usage.wall));
+            promises.push(Promise::new(promised, measured, ratio <= max));
+        }
+        if let Some((promised, max)) = row.target.stored_ratio_max
+            && let Some(base) = find(row.question.stored_baseline()).and_then(|base| base.stored_bytes)
+            && let Some(stored) = row.stored_bytes
+        {
+            let ratio = stored as f64 / base as f64;
+            let measured = format!("{ratio:.3} × ({} MiB against {} MiB)", stored / MIB, base / MIB);
+            promises.push(Promise::new(promised, measured, ratio <= max));
+        }
+    }
+    promises
 }
 
 /// What became of a promise; empty without one.
@@ -139,11 +180,11 @@ fn seconds(time: Duration) -> String {
     if seconds < 10.0 { format!("{seconds:.2} s") } else { format!("{seconds:.1} s") }
 }
 
-/// A Markdown table with columns of equal width; the first row is the header. Figures stand right.
-fn aligned(rows: &[Vec<String>]) -> String {
+/// A Markdown table with columns of equal width; the first row is the header. The columns `figures` stand right.
+fn aligned(rows: &[Vec<String>], figures: &[usize]) -> String {
     let columns = rows.first().map_or(0, Vec::len);
     let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0).max(3);
-    let is_text = |column: usize| column == 0 || column + 1 == columns;
+    let is_text = |column: usize| !figures.contains(&column);
     let mut text = String::new();
     for (index, row) in rows.iter().enumerate() {
         text.push('|');
@@ -198,7 +239,7 @@ mod tests {
     #[test]
     fn columns_are_aligned_and_figures_stand_right() {
         let rows = [["what", "wall", "note"], ["a", "1.0 s", "—"]].map(|row| row.map(str::to_owned).to_vec());
-        assert_eq!(aligned(&rows), "| what |  wall | note |\n| ---- | -----:| ---- |\n| a    | 1.0 s | —    |\n");
+        assert_eq!(aligned(&rows, &[1]), "| what |  wall | note |\n| ---- | -----:| ---- |\n| a    | 1.0 s | —    |\n");
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::process::Command;
 
 use anyhow::Result;
 
-use crate::bench::{Case, Question, Reference, Row, measure_in, stored_bytes};
+use crate::bench::{Case, Measured, Question, Row, Subject, measure_in, stored_bytes};
 
 pub(super) struct Borg;
 
@@ -18,7 +18,8 @@ impl Case for Borg {
         &["borg"]
     }
 
-    fn run(&self, disk: &Reference, scratch: &Path) -> Result<Vec<Row>> {
+    fn run(&self, subject: &Subject<'_>, scratch: &Path) -> Result<Measured> {
+        let disk = subject.disk;
         let repository = scratch.join("repository");
         let borg = |words: &[&str]| {
             let mut command = Command::new("borg");
@@ -39,10 +40,10 @@ impl Case for Borg {
         let usage = measure_in(scratch, &mut borg(&["extract", "--stdout", "::first", name]))?;
         let back = Row::new(Question::WholeRead, "borg extract", usage).note("to a pipe");
 
-        disk.place_changed_at(&source)?;
+        disk.change()?;
         let usage = measure_in(scratch, &mut borg(&["create", "--compression", "zstd,1", "::second", name]))?;
         let grown = stored_bytes(&repository)?.saturating_sub(full);
         let again = Row::new(Question::AfterRandomWrites, "borg create, zstd,1", usage).stored(grown);
-        Ok(vec![first, back, again])
+        Ok(vec![first, back, again].into())
     }
 }

@@ -5,7 +5,7 @@ use std::process::Command;
 
 use anyhow::Result;
 
-use crate::bench::{Case, Question, Reference, Row, measure_in, stored_bytes};
+use crate::bench::{Case, Measured, Question, Row, Subject, measure_in, stored_bytes};
 
 pub(super) struct Nbdcopy;
 
@@ -18,12 +18,13 @@ impl Case for Nbdcopy {
         &["nbdcopy", "qemu-nbd"]
     }
 
-    fn run(&self, disk: &Reference, scratch: &Path) -> Result<Vec<Row>> {
+    fn run(&self, subject: &Subject<'_>, scratch: &Path) -> Result<Measured> {
+        let disk = subject.disk;
         let copy = scratch.join("copy.img");
         let mut command = Command::new("nbdcopy");
         command.args(["--", "[", "qemu-nbd", "-r", "-f", "raw"]).arg(disk.image()).arg("]").arg(&copy);
         let usage = measure_in(scratch, &mut command)?;
         let row = Row::new(Question::FirstCopy, "nbdcopy from qemu-nbd", usage);
-        Ok(vec![row.stored(stored_bytes(&copy)?).note("raw, neither compressed nor encrypted")])
+        Ok(vec![row.stored(stored_bytes(&copy)?).note("raw, neither compressed nor encrypted")].into())
     }
 }

@@ -5,7 +5,7 @@ use std::process::Command;
 
 use anyhow::Result;
 
-use crate::bench::{Case, Question, Reference, Row, measure_in, stored_bytes};
+use crate::bench::{Case, Measured, Question, Row, Subject, measure_in, stored_bytes};
 
 pub(super) struct QemuImg;
 
@@ -18,7 +18,8 @@ impl Case for QemuImg {
         &["qemu-img"]
     }
 
-    fn run(&self, disk: &Reference, scratch: &Path) -> Result<Vec<Row>> {
+    fn run(&self, subject: &Subject<'_>, scratch: &Path) -> Result<Measured> {
+        let disk = subject.disk;
         let packed = scratch.join("disk.qcow2");
         let mut command = Command::new("qemu-img");
         command.args(["convert", "-c", "-f", "raw", "-O", "qcow2", "-o", "compression_type=zstd"]);
@@ -31,6 +32,6 @@ impl Case for QemuImg {
         command.args(["convert", "-f", "qcow2", "-O", "raw"]).arg(&packed).arg(&raw);
         let usage = measure_in(scratch, &mut command)?;
         let back = Row::new(Question::WholeRead, "qemu-img convert to raw", usage).note("to a file");
-        Ok(vec![first.note("not encrypted"), back])
+        Ok(vec![first.note("not encrypted"), back].into())
     }
 }

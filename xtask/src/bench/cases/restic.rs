@@ -6,7 +6,7 @@ use std::process::Command;
 use anyhow::Result;
 
 use super::{RESTIC_BACKUP_ROW, RESTIC_DUMP_ROW};
-use crate::bench::{Case, Question, Reference, Row, measure_in, stored_bytes};
+use crate::bench::{Case, Measured, Question, Row, Subject, measure_in, stored_bytes};
 
 pub(super) struct Restic;
 
@@ -19,7 +19,8 @@ impl Case for Restic {
         &["restic"]
     }
 
-    fn run(&self, disk: &Reference, scratch: &Path) -> Result<Vec<Row>> {
+    fn run(&self, subject: &Subject<'_>, scratch: &Path) -> Result<Measured> {
+        let disk = subject.disk;
         let repository = scratch.join("repository");
         let restic = |words: &[&str]| {
             let mut command = Command::new("restic");
@@ -40,10 +41,10 @@ impl Case for Restic {
         let usage = measure_in(scratch, &mut restic(&["dump", "latest", &path]))?;
         let back = Row::new(Question::WholeRead, RESTIC_DUMP_ROW, usage).note("to a pipe");
 
-        disk.place_changed_at(&source)?;
+        disk.change()?;
         let usage = measure_in(scratch, &mut restic(&["backup", &path]))?;
         let grown = stored_bytes(&repository)?.saturating_sub(full);
         let again = Row::new(Question::AfterRandomWrites, RESTIC_BACKUP_ROW, usage).stored(grown);
-        Ok(vec![first, back, again])
+        Ok(vec![first, back, again].into())
     }
 }

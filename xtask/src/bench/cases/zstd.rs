@@ -6,7 +6,7 @@ use std::process::Command;
 use anyhow::Result;
 
 use super::ZSTD_ROW;
-use crate::bench::{Case, Question, Reference, Row, measure_in, stored_bytes};
+use crate::bench::{Case, Measured, Question, Row, Subject, measure_in, stored_bytes};
 
 pub(super) struct Zstd;
 
@@ -19,7 +19,8 @@ impl Case for Zstd {
         &["zstd"]
     }
 
-    fn run(&self, disk: &Reference, scratch: &Path) -> Result<Vec<Row>> {
+    fn run(&self, subject: &Subject<'_>, scratch: &Path) -> Result<Measured> {
+        let disk = subject.disk;
         let packed = scratch.join("disk.zst");
         let mut command = Command::new("zstd");
         command.args(["-1", "-T2", "-q", "-f"]).arg(disk.image()).arg("-o").arg(&packed);
@@ -29,6 +30,6 @@ impl Case for Zstd {
         let mut command = Command::new("zstd");
         command.args(["-d", "-q", "-c"]).arg(&packed);
         let back = Row::new(Question::WholeRead, "zstd -d", measure_in(scratch, &mut command)?).note("to a pipe");
-        Ok(vec![first, back])
+        Ok(vec![first, back].into())
     }
 }

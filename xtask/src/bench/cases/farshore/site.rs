@@ -1,5 +1,6 @@
 //! A vault, a server and an agent for the measurements, in a scratch directory.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
@@ -12,9 +13,17 @@ use serde_json::Value;
 
 use super::counted_link::CountedLink;
 use super::folder_bytes;
-use crate::workspace::Workspace;
+use crate::process::search_path;
 
 const POLL: Duration = Duration::from_millis(50);
+
+/// The way of an agent to the server.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Way {
+    Direct,
+    /// Through a relay that counts, which costs some time.
+    Counted,
+}
 
 /// A process that was started; killed when dropped.
 pub(super) struct Running {
@@ -22,6 +31,13 @@ pub(super) struct Running {
 }
 
 impl Running {
+    /// Starts `command`, whose output nobody wants.
+    pub(super) fn start(command: &mut Command) -> Result<Running> {
+        let child =
+            command.env("PATH", search_path()).stdout(Stdio::null()).spawn().context("cannot start a program")?;
+        Ok(Running { child })
+    }
+
     pub(super) fn id(&self) -> u32 {
         self.child.id()
     }
@@ -29,6 +45,11 @@ impl Running {
     /// Asks it to end in order, and waits until it has.
     pub(super) fn end(&mut self) -> Result<()> {
         kill_process(Pid::from_child(&self.child), Signal::TERM)?;
+        self.wait()
+    }
+
+    /// Waits until it has ended by itself.
+    pub(super) fn wait(&mut self) -> Result<()> {
         let status = self.child.wait()?;
         ensure!(status.success(), "a process ended with {status}");
         Ok(())
@@ -47,6 +68,8 @@ impl Drop for Running {
 pub(super) struct OpenBranch {
     pub(super) process: Running,
     pub(super) uri: String,
+    pub(super) socket: PathBuf,
+    pub(super) export: String,
     _said: BufReader<ChildStdout>,
 }
 
@@ -54,15 +77,15 @@ pub(super) struct OpenBranch {
 pub(super) struct Site {
     scratch: PathBuf,
     programs: PathBuf,
+    address: String,
     link: CountedLink,
     server: Running,
-    agent: Option<Running>,
+    agents: BTreeMap<String, Running>,
 }
 
 impl Site {
     /// Makes an empty vault and starts its server.
-    pub(super) fn make(scratch: &Path) -> Result<Site> {
-        let programs = Workspace::load()?.target.join("release");
+    pub(super) fn make(scratch: &Path, programs: &Path) -> Result<Site> {
         let path = |name: &str| scratch.join(name);
         fs::write(path("passphrase"), "the passphrase of a benchmark\n")?;
         let opening = |command: &mut Command| {
@@ -86,16 +109,17 @@ impl Site {
         BufReader::new(said).read_line(&mut line)?;
         let ready: Value = serde_json::from_str(&line).with_context(|| log_end(&path("server.log")))?;
         let address = ready["address"].as_str().context("the server is not ready")?.to_owned();
-        let link = CountedLink::to(address)?;
-        Ok(Site { scratch: scratch.to_owned(), programs, link, server, agent: None })
+        let link = CountedLink::to(address.clone())?;
+        let (scratch, programs) = (scratch.to_owned(), programs.to_owned());
+        Ok(Site { scratch, programs, address, link, server, agents: BTreeMap::new() })
     }
 
     pub(super) fn server_pid(&self) -> u32 {
         self.server.id()
     }
 
-    pub(super) fn agent_pid(&self) -> Result<u32> {
-        self.agent.as_ref().map(Running::id).context("no agent runs")
+    pub(super) fn agent_pid(&self, machine: &str) -> Result<u32> {
+        self.agents.get(machine).map(Running::id).context("the agent does not run")
     }
 
     /// Where the disk of `machine` is.
@@ -112,10 +136,10 @@ impl Site {
         self.scratch.join(format!("{machine}.{kind}"))
     }
 
-    /// Enrols `machine`, whose disk is `image`.
-    pub(super) fn join(&self, machine: &str, image: &Path) -> Result<()> {
+    /// Enrols `machine`. Its disk will be where [`Site::image`] says.
+    pub(super) fn join(&self, machine: &str) -> Result<()> {
         let mut token = bare(&self.programs.join("farshore"));
-        token.args(["--json", "token", "new", "--role", "agent", "--address", &self.link.address, "--config"]);
+        token.args(["--json", "token", "new", "--role", "agent", "--address", &self.address, "--config"]);
         let token: Value = serde_json::from_str(&output_of(token.arg(self.scratch.join("server.toml")))?)?;
         let token_file = self.path(machine, "token");
         fs::write(&token_file, token["token"].as_str().context("no token")?)?;
@@ -123,24 +147,28 @@ impl Site {
         let mut join = bare(&self.programs.join("farshore-agent"));
         join.args(["join", "--name", machine, "--token-file"]).arg(&token_file).arg("--state-dir").arg(&state);
         output_of(&mut join)?;
+        Ok(())
+    }
+
+    pub(super) fn start_agent(&mut self, machine: &str, way: Way) -> Result<()> {
         let config = format!(
-            "state_dir = {state:?}\nmachine_name = {machine:?}\nnbd_socket = {:?}\n\n[[disk]]\nname = \"disk\"\n\
-             path = {image:?}\n",
-            self.disk_socket(machine)
+            "state_dir = {:?}\nmachine_name = {machine:?}\nserver_addresses = [{:?}]\nnbd_socket = {:?}\n\n[[disk]]\n\
+             name = \"disk\"\npath = {:?}\n",
+            self.path(machine, "state"),
+            if way == Way::Direct { &self.address } else { &self.link.address },
+            self.disk_socket(machine),
+            self.image(machine)
         );
         fs::write(self.path(machine, "toml"), config)?;
-        Ok(())
-    }
-
-    pub(super) fn start_agent(&mut self, machine: &str) -> Result<()> {
         let mut command = bare(&self.programs.join("farshore-agent"));
         command.args(["run", "--config"]).arg(self.path(machine, "toml"));
-        self.agent = Some(start(&mut command, &self.path(machine, "log"))?.0);
+        let agent = start(&mut command, &self.path(machine, "log"))?.0;
+        self.agents.insert(machine.to_owned(), agent);
         Ok(())
     }
 
-    pub(super) fn stop_agent(&mut self) -> Result<()> {
-        self.agent.take().map_or(Ok(()), |mut agent| agent.end())
+    pub(super) fn stop_agent(&mut self, machine: &str) -> Result<()> {
+        self.agents.remove(machine).map_or(Ok(()), |mut agent| agent.end())
     }
 
     fn ask_agent(&self, machine: &str, words: &[&str]) -> Result<Value> {
@@ -152,6 +180,18 @@ impl Site {
     pub(super) fn is_protected(&self, machine: &str) -> Result<bool> {
         // It does not answer before it serves.
         Ok(self.ask_agent(machine, &["status"]).is_ok_and(|status| status["state"] == "protected"))
+    }
+
+    /// What the vault says of `machine` now; `None` if it does not know it yet.
+    pub(super) fn vault_status(&self, machine: &str) -> Result<Option<Value>> {
+        let status: Value = serde_json::from_str(&output_of(&mut self.with_key(&["vault", "status"]))?)?;
+        let machines = status["machines"].as_array().context("the vault's status names no machines")?;
+        Ok(machines.iter().find(|status| status["name"] == machine).cloned())
+    }
+
+    /// Writes whose data the agent's ring could not carry, so far: each is a gap's.
+    pub(super) fn tracked_writes(&self, machine: &str) -> Result<u64> {
+        self.ask_agent(machine, &["status"])?["writes"]["tracked"].as_u64().context("the agent counts no writes")
     }
 
     /// Marks this moment; the server has it durably on return.
@@ -195,17 +235,23 @@ impl Site {
     }
 
     /// Serves the newest point of `machine`.
-    pub(super) fn open_branch(&self, machine: &str) -> Result<OpenBranch> {
-        let mut command = self.with_key(&["branch", "open", machine, "--throw-away", "--state-dir"]);
-        command.arg(self.scratch.join("b"));
+    pub(super) fn open_branch(&self, machine: &str, words: &[&str]) -> Result<OpenBranch> {
+        let mut command = self.with_key(&["branch", "open", machine]);
+        command.args(words).arg("--state-dir").arg(self.branches());
         let log = self.scratch.join("branch.log");
         let (process, said) = start(&mut command, &log)?;
         let mut said = BufReader::new(said);
         let mut line = String::new();
         said.read_line(&mut line)?;
         let open: Value = serde_json::from_str(&line).with_context(|| log_end(&log))?;
-        let uri = open["disks"][0]["uri"].as_str().context("the branch has no disk")?.to_owned();
-        Ok(OpenBranch { process, uri, _said: said })
+        let text = |value: &Value| value.as_str().map(str::to_owned).context("the branch has no disk");
+        let (uri, export) = (text(&open["disks"][0]["uri"])?, text(&open["disks"][0]["export"])?);
+        Ok(OpenBranch { process, uri, socket: text(&open["socket"])?.into(), export, _said: said })
+    }
+
+    /// Where branches keep their state. Short: it holds sockets.
+    pub(super) fn branches(&self) -> PathBuf {
+        self.scratch.join("b")
     }
 }
 
