@@ -6,7 +6,7 @@
 use std::collections::VecDeque;
 
 use crate::authority;
-use crate::frame::{Assembler, Frame};
+use crate::frame::Assembler;
 use crate::identity::{LinkIdentity, PeerIdentity};
 use crate::join;
 use crate::record::{self, Kind};
@@ -83,13 +83,6 @@ pub fn link_record(data: &[u8]) -> bool {
     valid
 }
 
-/// One frame as it stands on the wire.
-#[cfg(test)]
-fn on_wire(frame: Frame) -> Vec<u8> {
-    let header = frame.header();
-    [&header[..], &frame.into_body()].concat()
-}
-
 #[cfg(test)]
 #[path = "../../../fuzz/replay.rs"]
 mod replay;
@@ -97,10 +90,17 @@ mod replay;
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::frame::Frame;
     use crate::identity::{PrivateKey, Role};
     use rustls::pki_types::CertificateDer;
     use world::WallTime;
     use zeroize::Zeroizing;
+
+    /// One frame as it stands on the wire.
+    fn on_wire(frame: Frame) -> Vec<u8> {
+        let header = frame.header();
+        [&header[..], &frame.into_body()].concat()
+    }
 
     fn token() -> JoinToken {
         JoinToken {

@@ -13,7 +13,7 @@ use world::{BlockDevice, BlockError};
 
 use crate::Client;
 use crate::export::{DeviceExport, ExportTable};
-use crate::request::{Durability, RequestHeader};
+use crate::request::Durability;
 use crate::server::{Server, ServerHandle, ServerOptions};
 
 const DISK_BYTES: usize = 256 << 10;
@@ -140,6 +140,7 @@ mod replay;
 mod tests {
     use super::*;
     use crate::protocol::*;
+    use crate::request::RequestHeader;
 
     fn option(kind: u32, data: &[u8]) -> Vec<u8> {
         let mut bytes = MAGIC_OPTION.to_be_bytes().to_vec();
