@@ -21,10 +21,15 @@
 
 use std::fmt;
 
+use replication::sender::Resumption;
 use replication::{ByteRange, ChangeKind, DiskGeometry, DiskId, Epoch, MarkerKind, SourceTime};
 use world::BlockError;
 
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+pub mod ebpf;
 pub mod fingerprint;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
 mod gate;
 pub mod mapfile;
 mod overlap;
@@ -111,6 +116,8 @@ pub struct CaptureStatus {
     pub epoch: Epoch,
     /// The mode of the word.
     pub mode: Mode,
+    /// How often a range was marked unstreamed, for whatever reason. Monotone.
+    pub unstreamed_count: u64,
 }
 
 /// How much of what happened to the disks is known at start.
@@ -124,6 +131,15 @@ pub enum Continuity {
     /// Writes may have happened that no map names, or completed writes may have been lost. The disks concerned are
     /// flagged already: [`Capture::heal_set`] names them whole, across restarts, until a heal was committed.
     Lost(LostReason),
+}
+
+/// What a start finds after an agent that ended in order.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Unbroken {
+    /// The epoch in which that agent ended: tells its last words from those of an earlier end.
+    pub ended_in: Epoch,
+    /// What its stream does not know or what may have changed since, and why.
+    pub lacking: Vec<(DiskId, ByteRange, String)>,
 }
 
 /// Why the maps do not suffice.
@@ -205,6 +221,33 @@ pub trait Capture: Send {
     /// failed. An epoch with one cannot be cleared; it is folded, and a heal with a later `p0` covers it.
     fn has_unstreamed(&self, epoch: Epoch) -> bool;
 
+    /// What [`Capture::has_unstreamed`] speaks of: sorted within each disk, granules of the maps, within the disks.
+    fn unstreamed(&self, epoch: Epoch) -> Vec<(DiskId, ByteRange)>;
+
+    /// What has become of the stream of an agent that ended in order, if everything since is known: its last epoch, and
+    /// what is new or in doubt since. None unless the agent before ended in order, on this boot.
+    fn unbroken(&self) -> Option<Unbroken> {
+        None
+    }
+
+    /// Up to where everything was handed out by [`Capture::next`] or never will be. Zero for a capture that hands out
+    /// whatever is in its ring.
+    fn passed(&self) -> RingPosition {
+        RingPosition(0)
+    }
+
+    /// Keeps beside the ring how its stream goes on, for an agent that comes after this one; `None`: it cannot. Called
+    /// before the ring is released up to there.
+    fn keep(&mut self, resumption: Option<Resumption>) {
+        let _ = resumption;
+    }
+
+    /// How the stream of an agent goes on that ended without leaving word, with what the ring holds. None unless ring
+    /// and maps outlived it.
+    fn resumption(&self) -> Option<Resumption> {
+        None
+    }
+
     /// Puts a marker into the ring, after every record reserved so far. `false` if there is no room or the stream
     /// is broken.
     fn mark(&mut self, kind: MarkerKind, name: &str) -> bool;
@@ -217,4 +260,100 @@ pub trait Capture: Send {
     /// # Errors
     /// [`BlockError::Unreadable`] names the range that is lost; the caller records a defect and reads around it.
     fn read(&self, disk: DiskId, offset: u64, buffer: &mut [u8]) -> Result<(), BlockError>;
+
+    /// Whether all of `range` is known to read as zeroes without reading it.
+    fn is_hole(&self, disk: DiskId, range: ByteRange) -> bool {
+        let _ = (disk, range);
+        false
+    }
+}
+
+impl<C: Capture + ?Sized> Capture for Box<C> {
+    fn disks(&self) -> Vec<DiskGeometry> {
+        (**self).disks()
+    }
+
+    fn next(&mut self) -> Option<Captured> {
+        (**self).next()
+    }
+
+    fn rewind(&mut self, to: RingPosition) {
+        (**self).rewind(to);
+    }
+
+    fn release(&mut self, through: RingPosition) {
+        (**self).release(through);
+    }
+
+    fn status(&self) -> CaptureStatus {
+        (**self).status()
+    }
+
+    fn rotate(&mut self, mode: Mode) -> Option<Epoch> {
+        (**self).rotate(mode)
+    }
+
+    fn settled(&self, epoch: Epoch) -> bool {
+        (**self).settled(epoch)
+    }
+
+    fn fold(&mut self, epoch: Epoch) {
+        (**self).fold(epoch);
+    }
+
+    fn heal_set(&self, disk: DiskId) -> Vec<ByteRange> {
+        (**self).heal_set(disk)
+    }
+
+    fn require_whole(&mut self, disk: DiskId) {
+        (**self).require_whole(disk);
+    }
+
+    fn clear_heal_set(&mut self) {
+        (**self).clear_heal_set();
+    }
+
+    fn clear(&mut self, epoch: Epoch) {
+        (**self).clear(epoch);
+    }
+
+    fn has_unstreamed(&self, epoch: Epoch) -> bool {
+        (**self).has_unstreamed(epoch)
+    }
+
+    fn unstreamed(&self, epoch: Epoch) -> Vec<(DiskId, ByteRange)> {
+        (**self).unstreamed(epoch)
+    }
+
+    fn unbroken(&self) -> Option<Unbroken> {
+        (**self).unbroken()
+    }
+
+    fn passed(&self) -> RingPosition {
+        (**self).passed()
+    }
+
+    fn keep(&mut self, resumption: Option<Resumption>) {
+        (**self).keep(resumption);
+    }
+
+    fn resumption(&self) -> Option<Resumption> {
+        (**self).resumption()
+    }
+
+    fn mark(&mut self, kind: MarkerKind, name: &str) -> bool {
+        (**self).mark(kind, name)
+    }
+
+    fn continuity(&self) -> Continuity {
+        (**self).continuity()
+    }
+
+    fn read(&self, disk: DiskId, offset: u64, buffer: &mut [u8]) -> Result<(), BlockError> {
+        (**self).read(disk, offset, buffer)
+    }
+
+    fn is_hole(&self, disk: DiskId, range: ByteRange) -> bool {
+        (**self).is_hole(disk, range)
+    }
 }

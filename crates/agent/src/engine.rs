@@ -12,12 +12,15 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use replication::geometry::LEAF_BYTES;
-use replication::sender::{Action, CaptureReport, Event, HealProgress, Request, Sender, SenderConfig, StreamState};
+use replication::sender::{
+    Action, CaptureReport, Event, HealProgress, KeptStream, Request, Sender, SenderConfig, StreamState,
+};
 use replication::wire::{HealNeed, Message, OfferedLeaf};
-use replication::{ByteRange, ChainId, DiskId, Epoch, PlainLeafHash, SequenceNumber, SourceTime};
+use replication::{ByteRange, ChainId, DiskId, Epoch, PlainLeafHash, Ranges, SequenceNumber, SourceTime};
 use world::{BlockError, Clock};
 
 use crate::capture::{Capture, Continuity, Mode, RingPosition};
+use crate::heal_buffers::HealBuffers;
 
 /// The way to the receiver, as the engine needs it. Never blocks.
 pub trait Wire {
@@ -82,6 +85,10 @@ pub struct EngineStatus {
     pub stream: StreamState,
     /// A heal is needed or running.
     pub healing: bool,
+    /// Everything but `lacking` is in the stream.
+    pub whole: bool,
+    /// Ranges that are healed while the stream goes on.
+    pub lacking: Ranges,
     /// The heal's progress.
     pub heal: HealProgress,
     /// Ring use in bytes.
@@ -113,7 +120,10 @@ pub struct Engine<C: Capture> {
     mark: Box<dyn ClearedMark>,
     outbox: VecDeque<Message>,
     heal_work: VecDeque<HealWork>,
+    heal_buffers: HealBuffers,
     awaiting_settled: Option<Epoch>,
+    /// Unstreamed marks that the sender knows of.
+    unstreamed_seen: u64,
     connected: bool,
     outcome: Option<Step>,
 }
@@ -131,7 +141,40 @@ impl<C: Capture> Engine<C> {
             Continuity::Fresh | Continuity::Lost(_) => HealNeed::Whole,
             Continuity::SameBoot => HealNeed::Maps,
         };
-        let sender = Sender::new(config, need, capture.status().gap_count, mark.load());
+        let sender = match capture.resumption().filter(|_| need == HealNeed::Maps) {
+            Some(resumption) => Sender::resumed(config, resumption, mark.load()),
+            None => Sender::new(config, need, capture.status().gap_count, mark.load()),
+        };
+        Engine::around(capture, sender, clock, hashes, mark)
+    }
+
+    /// An engine that goes on with the stream that an agent left which ended in order; `joining` is what its stream does
+    /// not know. Call it before anybody can write: from here on writes are streamed.
+    pub fn resume(
+        mut capture: C,
+        config: SenderConfig,
+        clock: Arc<dyn Clock>,
+        mark: Box<dyn ClearedMark>,
+        kept: KeptStream,
+        joining: Vec<(Ranges, String)>,
+    ) -> Engine<C> {
+        let opening = capture.status().epoch;
+        match capture.rotate(Mode::Stream) {
+            Some(_) => capture.clear(opening),
+            // Not reached with a capture that was just opened; then everything is healed by maps.
+            None => return Engine::new(capture, config, clock, None, mark),
+        }
+        let sender = Sender::resume(config, capture.status().gap_count, mark.load(), kept, joining);
+        Engine::around(capture, sender, clock, None, mark)
+    }
+
+    fn around(
+        capture: C,
+        sender: Sender,
+        clock: Arc<dyn Clock>,
+        hashes: Option<Box<dyn HashIndex>>,
+        mark: Box<dyn ClearedMark>,
+    ) -> Engine<C> {
         Engine {
             capture,
             sender,
@@ -140,10 +183,24 @@ impl<C: Capture> Engine<C> {
             mark,
             outbox: VecDeque::new(),
             heal_work: VecDeque::new(),
+            heal_buffers: HealBuffers::default(),
             awaiting_settled: None,
+            unstreamed_seen: 0,
             connected: false,
             outcome: None,
         }
+    }
+
+    /// What a later agent can go on with, if this one has ended in order: nothing is left that is not journaled.
+    pub fn keep(&self) -> Option<(Epoch, KeptStream)> {
+        let status = self.capture.status();
+        let kept = self.sender.keep().filter(|_| status.ring_bytes_used == 0)?;
+        Some((status.epoch, kept))
+    }
+
+    /// The sender, to hold it before a move.
+    pub fn hold(&mut self, held: bool) {
+        self.sender.hold(held);
     }
 
     /// The capture, for owners that mark, freeze or inspect it.
@@ -165,6 +222,11 @@ impl<C: Capture> Engine<C> {
             && self.capture.status().ring_bytes_used == 0
     }
 
+    /// Whether everything that was captured is journaled, whatever is being healed.
+    pub fn is_quiet(&self) -> bool {
+        self.connected && self.sender.is_quiet() && self.capture.status().ring_bytes_used == 0
+    }
+
     /// A snapshot of the watermarks.
     pub fn status(&self) -> EngineStatus {
         let [captured, sent, journaled, committed] = self.sender.watermarks();
@@ -176,6 +238,8 @@ impl<C: Capture> Engine<C> {
             committed,
             stream: self.sender.stream().clone(),
             healing: self.sender.is_healing(),
+            whole: self.sender.is_whole(),
+            lacking: self.sender.lacking(),
             heal: self.sender.progress(),
             ring_bytes_used: capture.ring_bytes_used,
             ring_bytes_max: capture.ring_bytes_max,
@@ -186,6 +250,10 @@ impl<C: Capture> Engine<C> {
     pub fn link_up(&mut self) {
         self.connected = true;
         self.outcome = None;
+        // What a predecessor left in the ring may have been sent: it has to be numbered before anyone compares.
+        let producer = self.capture.status().producer;
+        let outlived = self.capture.passed() > RingPosition(0);
+        while outlived && self.capture.passed() < producer && self.consume().0 > 0 {}
         let disks = self.capture.disks();
         self.feed(Event::LinkUp { now: self.now(), disks });
     }
@@ -280,22 +348,38 @@ impl<C: Capture> Engine<C> {
             let producer = self.capture.status().producer.0;
             self.feed(Event::Settled { epoch, producer });
         }
+        self.report();
+    }
+
+    fn report(&mut self) {
+        let passed = self.capture.passed().0;
+        if passed > 0 {
+            self.feed(Event::Passed(passed));
+        }
         let status = self.capture.status();
         let watched = self.sender.watched_from();
-        let unstreamed = watched <= status.epoch && self.capture.has_unstreamed(watched);
+        let new = status.unstreamed_count != self.unstreamed_seen && watched <= status.epoch;
+        self.unstreamed_seen = status.unstreamed_count;
+        let unstreamed = if new { self.capture.unstreamed(watched) } else { Vec::new() };
         self.feed(Event::Report(CaptureReport {
             gap_count: status.gap_count,
             gap_cause: status.gap_cause.map_or_else(|| "unknown".into(), |cause| cause.to_string()),
             unstreamed,
             producer: status.producer.0,
         }));
+        if self.sender.resumption().is_none() {
+            self.capture.keep(None);
+        }
     }
 
     fn execute(&mut self, actions: Vec<Action>) {
         for action in actions {
             match action {
                 Action::Send(message) => self.outbox.push_back(message),
-                Action::Release(through) => self.capture.release(RingPosition(through)),
+                Action::Release(through) => {
+                    self.capture.keep(self.sender.resumption());
+                    self.capture.release(RingPosition(through));
+                }
                 Action::Rotate { for_heal } => self.rotate(for_heal),
                 Action::AwaitSettled(epoch) => self.awaiting_settled = Some(epoch),
                 Action::RequireWhole => {
@@ -304,6 +388,8 @@ impl<C: Capture> Engine<C> {
                     }
                 }
                 Action::CollectHealSet(epoch) => {
+                    // Folding forgets which marks were of failed writes.
+                    self.report();
                     self.capture.fold(epoch);
                     let disks = self.capture.disks();
                     let set = disks.iter().map(|disk| (disk.disk, self.capture.heal_set(disk.disk))).collect();
@@ -350,6 +436,7 @@ impl<C: Capture> Engine<C> {
         let current = self.capture.status().epoch;
         if epoch.is_none() && for_heal && self.capture.settled(current) {
             // Both slots are in use: the older one joins the heal set, which the coming heal covers.
+            self.report();
             self.capture.fold(current);
             epoch = self.capture.rotate(Mode::Stream);
         }
@@ -372,8 +459,9 @@ impl<C: Capture> Engine<C> {
                     self.feed(Event::HealRead { disk, range, leaves, data });
                 }
                 HealWork::Fetch { disk, range } => {
-                    let mut buffer = vec![0; range.len as usize];
-                    let data = self.capture.read(disk, range.start, &mut buffer).ok().map(|()| Bytes::from(buffer));
+                    let mut buffer = self.heal_buffers.take(range.len as usize);
+                    let read = self.capture.read(disk, range.start, &mut buffer);
+                    let data = read.ok().map(|()| self.heal_buffers.share(buffer));
                     self.feed(Event::HealFetched { disk, range, data });
                 }
             }
@@ -383,7 +471,10 @@ impl<C: Capture> Engine<C> {
 
     /// Reads a chunk and says of each leaf what it is. A leaf that the medium cannot return costs only itself.
     fn read_leaves(&self, disk: DiskId, range: ByteRange, hash: bool) -> (Vec<OfferedLeaf>, Option<Bytes>) {
-        let mut buffer = vec![0; range.len as usize];
+        if self.capture.is_hole(disk, range) {
+            return (vec![OfferedLeaf::Zero; range.len.div_ceil(LEAF_BYTES) as usize], None);
+        }
+        let mut buffer = self.heal_buffers.take(range.len as usize);
         let mut unreadable = Vec::new();
         if self.capture.read(disk, range.start, &mut buffer).is_err() {
             for leaf in range.split_at_multiples(LEAF_BYTES) {
@@ -395,22 +486,22 @@ impl<C: Capture> Engine<C> {
                 }
             }
         }
-        let leaves = range
+        let mut leaves: Vec<OfferedLeaf> = range
             .split_at_multiples(LEAF_BYTES)
-            .map(|leaf| {
-                let bytes = &buffer[leaf.within(range.start)];
-                if unreadable.contains(&leaf.start) {
-                    OfferedLeaf::Unreadable
-                } else if is_zero(bytes) {
-                    OfferedLeaf::Zero
-                } else if hash {
-                    OfferedLeaf::Hash(PlainLeafHash::of(bytes).0)
-                } else {
-                    OfferedLeaf::Unknown
-                }
+            .map(|leaf| match &buffer[leaf.within(range.start)] {
+                _ if unreadable.contains(&leaf.start) => OfferedLeaf::Unreadable,
+                bytes if is_zero(bytes) => OfferedLeaf::Zero,
+                _ => OfferedLeaf::Unknown,
             })
             .collect();
-        (leaves, Some(buffer.into()))
+        if leaves.iter().all(|leaf| *leaf == OfferedLeaf::Zero) {
+            self.heal_buffers.put(buffer);
+            return (leaves, None);
+        }
+        if hash {
+            hash_leaves(&buffer, &mut leaves);
+        }
+        (leaves, Some(self.heal_buffers.share(buffer)))
     }
 
     fn send(&mut self, wire: &mut dyn Wire) -> Result<bool, WireClosed> {
@@ -428,6 +519,22 @@ impl<C: Capture> Engine<C> {
 
 fn log_unreadable(disk: DiskId, leaf: ByteRange, error: &BlockError) {
     tracing::warn!(%disk, %leaf, %error, "the source cannot be read here; recorded as a defect");
+}
+
+/// Puts the hashes of leaves that hold data in their places. The last leaf of a disk may be a short one.
+fn hash_leaves(buffer: &[u8], leaves: &mut [OfferedLeaf]) {
+    let (whole, short): (Vec<_>, Vec<_>) = buffer
+        .chunks(LEAF_BYTES as usize)
+        .zip(leaves)
+        .filter(|(_, leaf)| **leaf == OfferedLeaf::Unknown)
+        .partition(|(bytes, _)| bytes.len() as u64 == LEAF_BYTES);
+    let hashes = PlainLeafHash::of_each(&whole.iter().map(|(bytes, _)| *bytes).collect::<Vec<_>>());
+    for ((_, leaf), hash) in whole.into_iter().zip(hashes) {
+        *leaf = OfferedLeaf::Hash(hash.0);
+    }
+    for (bytes, leaf) in short {
+        *leaf = OfferedLeaf::Hash(PlainLeafHash::of(bytes).0);
+    }
 }
 
 fn is_zero(bytes: &[u8]) -> bool {

@@ -17,16 +17,16 @@ use std::time::Duration;
 
 use link::{Connector, DenyList, LinkIdentity, LinkRuntime, Trust};
 use nbd::{DeviceExport, ExportTable, Listen, Server, ServerHandle, ServerOptions};
-use replication::sender::SenderConfig;
+use replication::sender::{KeptStream, SenderConfig};
 use replication::wire::OfferHashes;
-use replication::{InstanceId, MachineId};
+use replication::{ByteRange, Epoch, InstanceId, MachineId, PointTime, Ranges};
 use world::{Access, Clock, Entropy, SystemEntropy};
 
-use crate::capture::{Capture, FileMapStore, Frozen, MapStoreError, Splitter, SplitterCapture, SplitterConfig};
+use crate::capture::{Capture, Frozen, MapStoreError};
 use crate::config::AgentConfig;
 use crate::disks::{self, DiskRegister, FoundDisk, Moment};
 use crate::engine::Engine;
-use crate::state::{self, MAPS, StateDir};
+use crate::state::{self, StateDir};
 use crate::status::{
     AgentStatus, DiskStatus, HealStatus, LinkStatus, NbdStatus, ProtectionState, RingStatus, STATUS_FORMAT, Watermarks,
     WriteStatus,
@@ -35,11 +35,13 @@ use crate::status::{
 pub mod control;
 mod drive;
 pub mod problem;
+pub mod source;
 mod uplink;
 
 use control::ControlServer;
 use drive::{Command, Drive};
 use problem::Problem;
+use source::{CaptureKind, Source, choose_capture};
 use uplink::Uplink;
 
 /// Threads that encrypt and move the link's bytes.
@@ -71,7 +73,7 @@ pub(crate) struct HeldFreeze {
 
 /// What the threads of one agent share.
 pub(crate) struct Shared {
-    pub(crate) splitter: Splitter,
+    pub(crate) source: Source,
     pub(crate) clock: Arc<dyn Clock>,
     pub(crate) commands: SyncSender<Command>,
     status: Mutex<AgentStatus>,
@@ -79,6 +81,8 @@ pub(crate) struct Shared {
     frozen: Mutex<Option<HeldFreeze>>,
     nbd: Mutex<Option<ServerHandle>>,
     stop: Mutex<Option<String>>,
+    /// What the engine's thread left when it ended in order.
+    pub(crate) kept: Mutex<Option<(Epoch, KeptStream)>>,
     stop_wanted: Condvar,
     aborted: AtomicBool,
 }
@@ -92,13 +96,7 @@ impl Shared {
     pub(crate) fn snapshot(&self) -> AgentStatus {
         let mut status = self.status().clone();
         status.uptime_s = self.clock.monotonic().since(self.started).as_secs();
-        let writes = self.splitter.statistics();
-        status.writes = WriteStatus {
-            changes: writes.changes,
-            written_bytes: writes.written_bytes,
-            tracked: writes.tracked,
-            failed: writes.failed,
-        };
+        status.writes = self.source.writes();
         if let Some(nbd) = lock(&self.nbd).as_ref() {
             status.nbd.connections = nbd.connections() as u64;
         }
@@ -156,8 +154,16 @@ impl Service {
         let state = StateDir::open(&config.state_dir).map_err(|problem| vec![problem])?;
         let guard = patiently(|| state.lock()).map_err(|problem| vec![problem])?;
         let mut register = DiskRegister::load(&state).map_err(|problem| vec![problem])?;
-        let found = disks::find(&config.disks, Access::ReadWrite, &mut register, &options.accept_disks)?;
-        assemble(config, options, state, guard, register, found).map_err(|problem| vec![problem])
+        let (kind, instead) = choose_capture(config).map_err(|problem| vec![problem])?;
+        if let Some(why) = instead {
+            tracing::info!(why, "the disks are captured by the splitter: only writes made through the agent are seen");
+        }
+        let access = match kind {
+            CaptureKind::Splitter => Access::ReadWrite,
+            CaptureKind::Ebpf => Access::ReadOnly,
+        };
+        let found = disks::find(&config.disks, access, &mut register, &options.accept_disks)?;
+        assemble(config, options, state, guard, register, found, kind).map_err(|problem| vec![problem])
     }
 
     /// What it says about itself now.
@@ -198,7 +204,7 @@ impl Service {
         if let Some(nbd) = nbd {
             nbd.stop();
         }
-        let closed = self.shared.splitter.close(CLOSE_LIMIT);
+        let closed = self.shared.source.close(CLOSE_LIMIT);
         let finish = Command::Finish { within: DRAIN_LIMIT };
         if self.shared.commands.send(finish).is_ok()
             && let Some(engine) = self.engine.take()
@@ -213,6 +219,10 @@ impl Service {
                 "the next start compares them; look at the disks",
             )
         })?;
+        let kept = lock(&self.shared.kept).take().filter(|_| !self.shared.source.outlives_the_agent());
+        if let Err(error) = self.state.keep_stream(kept.as_ref()) {
+            tracing::warn!(error = problem::chain(&error), "the next start begins with a heal");
+        }
         self.register.store(&self.state, &self.disks, Moment::Stopped)?;
         tracing::info!("stopped in order; the next start compares only what the dirty maps name");
         Ok(())
@@ -245,6 +255,7 @@ fn assemble(
     guard: File,
     mut register: DiskRegister,
     found: Vec<FoundDisk>,
+    kind: CaptureKind,
 ) -> Result<Service, Problem> {
     let identity = state.joined_identity()?;
     let machine = MachineId(identity.peer.id);
@@ -262,31 +273,27 @@ fn assemble(
     let name = name.cloned().unwrap_or_else(|| machine.to_string());
     let boot = state::boot_id()?;
 
-    let maps = patiently(|| FileMapStore::open(state.path(), MAPS)).map_err(maps_problem)?;
-    let splitter_config = SplitterConfig { machine, boot, ring_bytes_max: config.ring_bytes_max };
-    let protected = found.iter().map(FoundDisk::protected).collect();
-    let (splitter, capture) =
-        Splitter::open(protected, &maps, options.clock.clone(), splitter_config).map_err(|error| {
-            Problem::caused("the disks cannot be protected", &error, "make room in the state directory")
-        })?;
+    let (source, capture) = Source::open(kind, config, &state, &found, options.clock.clone(), machine, boot)?;
     let start = || {
         let (commands, received) = mpsc::sync_channel(COMMANDS_MAX);
         let shared = Arc::new(Shared {
             status: Mutex::new(first_status(config, machine, &name, &found)),
             started: options.clock.monotonic(),
-            splitter: splitter.clone(),
+            source: source.clone(),
             clock: options.clock.clone(),
             commands,
             frozen: Mutex::new(None),
             nbd: Mutex::new(None),
             stop: Mutex::new(None),
+            kept: Mutex::new(None),
             stop_wanted: Condvar::new(),
             aborted: AtomicBool::new(false),
         });
-        let engine = engine(config, &options, &state, &found, capture, machine, &name, boot);
+        let engine = engine(config, &options, &state, &found, capture, machine, &name, boot)?;
         // Only now: what made a disk doubtful is forgotten when its new state is recorded.
         register.store(&state, &found, Moment::Started)?;
         let uplink = uplink(identity, addresses, options.clock.clone())?;
+        let find_server = find_server(config, &state, options.clock.clone());
         let nbd_tcp = serve_disks(config, &found, &shared)?;
         let service = Service {
             shared: shared.clone(),
@@ -298,11 +305,11 @@ fn assemble(
             nbd_tcp,
             _lock: guard,
         };
-        begin(service, config, Drive::new(engine, uplink, received, shared))
+        begin(service, config, Drive::new(engine, uplink, find_server, received, shared))
     };
     start().inspect_err(|_| {
         // Nothing was written: a start that failed must not cost a comparison after the next reboot.
-        if let Err(error) = splitter.close(CLOSE_LIMIT) {
+        if let Err(error) = source.close(CLOSE_LIMIT) {
             tracing::warn!(error = problem::chain(&error), "the disks were not closed in order");
         }
     })
@@ -323,8 +330,20 @@ fn begin(mut service: Service, config: &AgentConfig, drive: Drive) -> Result<Ser
     Ok(service)
 }
 
+/// Every address known. One where another installation listens now costs an attempt, nothing else.
 fn choose(configured: &[String], enrolled: &[String]) -> Vec<String> {
-    if configured.is_empty() { enrolled.to_vec() } else { configured.to_vec() }
+    let mut addresses = configured.to_vec();
+    addresses.extend(enrolled.iter().filter(|address| !configured.contains(address)).cloned());
+    addresses
+}
+
+/// Makes the way to the server that the state directory names when it is called.
+fn find_server(config: &AgentConfig, state: &StateDir, clock: Arc<dyn Clock>) -> drive::FindServer {
+    let (configured, state) = (config.server_addresses.clone(), state.clone());
+    Box::new(move || {
+        let addresses = choose(&configured, &state.enrolment().server_addresses);
+        uplink(state.joined_identity()?, addresses, clock.clone())
+    })
 }
 
 #[allow(clippy::too_many_arguments, reason = "called once; a struct would only repeat the names")]
@@ -333,15 +352,23 @@ fn engine(
     options: &ServiceOptions,
     state: &StateDir,
     found: &[FoundDisk],
-    mut capture: SplitterCapture,
+    mut capture: Box<dyn Capture>,
     machine: MachineId,
     name: &str,
     boot: [u8; 16],
-) -> Engine<SplitterCapture> {
+) -> Result<Engine<Box<dyn Capture>>, Problem> {
     let mark = state.cleared_mark();
+    let unbroken = capture.unbroken().filter(|_| !mark.is_damaged());
+    let kept = unbroken.and_then(|unbroken| Some((state.kept_stream(unbroken.ended_in)?, unbroken.lacking)));
+    // Nobody writes before this: from the first write on, what it says is not so any more.
+    state.keep_stream(None).map_err(|error| {
+        Problem::caused("the state of the stream cannot be changed", &error, "make the state directory writable")
+    })?;
+    let mut joining = kept.as_ref().map(|(_, lacking)| lacking.clone()).unwrap_or_default();
     for disk in found {
         if let Some(why) = &disk.doubt {
             tracing::warn!(disk = disk.name, why, "the whole disk is compared");
+            joining.push((disk.geometry.disk, ByteRange::new(0, disk.geometry.size_bytes), why.clone()));
         }
         if disk.doubt.is_some() || mark.is_damaged() {
             capture.require_whole(disk.geometry.disk);
@@ -352,13 +379,24 @@ fn engine(
         instance: InstanceId((&SystemEntropy as &dyn Entropy).bytes()),
         boot,
         vm_generation: [0; 16],
+        started: PointTime(options.clock.wall().0),
         name: name.to_owned(),
         hashes: OfferHashes::Plain,
         rotate_every_ns: config.rotate_every_ms * 1_000_000,
         proof_every_ns: config.proof_every_ms * 1_000_000,
         heal_chunk_bytes: config.heal_chunk_bytes,
     };
-    Engine::new(capture, sender, options.clock.clone(), None, Box::new(mark))
+    let (clock, mark) = (options.clock.clone(), Box::new(mark));
+    Ok(match kept {
+        None => Engine::new(capture, sender, clock, None, mark),
+        Some((kept, _)) => {
+            for (disk, range, cause) in &joining {
+                tracing::warn!(%disk, %range, cause, "it joins at the end of its own heal; everything else goes on");
+            }
+            let joining = joining.into_iter().map(|(disk, range, cause)| (Ranges::of([(disk, range)]), cause));
+            Engine::resume(capture, sender, clock, mark, kept, joining.collect())
+        }
+    })
 }
 
 fn uplink(identity: LinkIdentity, addresses: Vec<String>, clock: Arc<dyn Clock>) -> Result<Uplink, Problem> {
@@ -374,9 +412,12 @@ fn serve_disks(
     found: &[FoundDisk],
     shared: &Arc<Shared>,
 ) -> Result<Vec<std::net::SocketAddr>, Problem> {
+    if shared.source.outlives_the_agent() {
+        return Ok(Vec::new());
+    }
     let exports = ExportTable::new();
     for disk in found {
-        let device = shared.splitter.disk(disk.geometry.disk).expect("every disk found was opened");
+        let Some(device) = shared.source.served(disk) else { continue };
         let export = DeviceExport::new(Arc::new(device)).described(format!("{} ({})", disk.name, disk.geometry.path));
         exports.insert(&disk.export, Arc::new(export));
     }

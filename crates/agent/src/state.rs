@@ -5,6 +5,7 @@
 //! enrolment         machine name and server addresses of the join
 //! disks             numbers of the disks, assigned once
 //! cleared           the newest commit on which maps were cleared
+//! stream            where the stream ended, from an orderly end to the next start
 //! maps, maps.lock   dirty maps (docs/formats/dirty-maps.md)
 //! agent.lock        held by the running agent
 //! control.sock, nbd.sock
@@ -20,7 +21,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use link::{JoinError, JoinPlan, JoinToken, LinkIdentity, LinkRuntime, Role};
-use replication::{ChainId, SequenceNumber};
+use replication::sender::KeptStream;
+use replication::{ByteRange, ChainId, DiskId, Epoch, Generation, Ranges, SequenceNumber, StreamHash};
 use rustix::fs::FlockOperation;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -30,8 +32,11 @@ use crate::engine::ClearedMark;
 use crate::service::problem::{Problem, chain};
 
 const IDENTITY: &str = "identity";
+/// The identity for another server, until it takes the place of the one before.
+const NEXT_IDENTITY: &str = "identity.next";
 const ENROLMENT: &str = "enrolment";
 const CLEARED: &str = "cleared";
+const STREAM: &str = "stream";
 const LOCK: &str = "agent.lock";
 /// The name of the map file.
 pub(crate) const MAPS: &str = "maps";
@@ -149,7 +154,8 @@ impl StateDir {
         })
     }
 
-    /// Enrols this machine. What was obtained is durable on return.
+    /// Enrols this machine; one that is enrolled at another installation keeps its machine id, maps and disks and follows
+    /// the new server from now on. What was obtained is durable on return.
     ///
     /// # Errors
     /// The token, the server or the directory, with what to do. May be repeated.
@@ -171,13 +177,77 @@ impl StateDir {
         let mut servers = addresses.to_vec();
         servers.extend(token.addresses.iter().filter(|address| !addresses.contains(address)).cloned());
         let enrolment = Enrolment { machine_name: machine_name.to_owned(), server_addresses: servers };
+        let record = |enrolment: &Enrolment| {
+            self.write(ENROLMENT, enrolment)
+                .map_err(|error| Problem::caused("the join cannot be recorded", &error, "make room, then repeat it"))
+        };
+        if let Some(known) = self.identity()?
+            && link::trust::fingerprint(&known.authority) != token.fingerprint
+        {
+            let moved = self.join_another(runtime, clock, token, addresses, &known)?;
+            record(&enrolment)?;
+            self.replace_identity(&moved)?;
+            return Ok(moved);
+        }
         // Before the identity, whose presence says that the join is done.
         if self.identity()?.is_none() {
-            self.write(ENROLMENT, &enrolment)
-                .map_err(|error| Problem::caused("the join cannot be recorded", &error, "make room, then repeat it"))?;
+            record(&enrolment)?;
         }
         let plan = JoinPlan { files: &self.files, path: IDENTITY, clock, entropy: &SystemEntropy, addresses };
         link::join(runtime, &plan, token).map_err(join_problem)
+    }
+
+    /// Enrols the same machine at another installation, beside what it has. A crash before the new identity replaced the
+    /// old one leaves the old; repeated with the same token, it goes on.
+    fn join_another(
+        &self,
+        runtime: &LinkRuntime,
+        clock: Arc<dyn Clock>,
+        token: &JoinToken,
+        addresses: &[String],
+        known: &LinkIdentity,
+    ) -> Result<LinkIdentity, Problem> {
+        let plan = JoinPlan { files: &self.files, path: NEXT_IDENTITY, clock, entropy: &SystemEntropy, addresses };
+        let joined = match link::join(runtime, &plan, token) {
+            Ok(joined) => joined,
+            Err(JoinError::AlreadyJoined(earlier))
+                if link::trust::fingerprint(&earlier.authority) == token.fingerprint =>
+            {
+                *earlier
+            }
+            Err(JoinError::AlreadyJoined(_)) => {
+                // Left by a move to yet another server that was not finished.
+                self.remove_record(NEXT_IDENTITY)?;
+                link::join(runtime, &plan, token).map_err(join_problem)?
+            }
+            Err(error) => return Err(join_problem(error)),
+        };
+        if joined.peer.id != known.peer.id {
+            self.remove_record(NEXT_IDENTITY)?;
+            let machine = replication::MachineId(known.peer.id);
+            return Err(Problem::failed(
+                "this machine cannot go to that server",
+                "the token is for a new machine: this one would lose its history",
+                format!("order one with `farshore token new --machine {machine}`, or use another state directory"),
+            ));
+        }
+        Ok(joined)
+    }
+
+    fn replace_identity(&self, identity: &LinkIdentity) -> Result<(), Problem> {
+        identity.store(&self.files, IDENTITY).map_err(|error| {
+            Problem::caused("the new identity cannot be kept", &error, "make room, then repeat it with the same token")
+        })?;
+        self.remove_record(NEXT_IDENTITY)
+    }
+
+    fn remove_record(&self, name: &str) -> Result<(), Problem> {
+        match self.files.remove(name) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                Err(Problem::caused("an old identity cannot be removed", &error, "make the state directory writable"))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// What is known from the join; empty if that is lost.
@@ -205,6 +275,29 @@ impl StateDir {
             }
         };
         FileClearedMark { state: self.clone(), mark: found.unwrap_or_default(), damaged }
+    }
+
+    /// Remembers where the stream ended, or (`None`) that nothing of that kind holds any more. Durable on return.
+    pub(crate) fn keep_stream(&self, kept: Option<&(Epoch, KeptStream)>) -> io::Result<()> {
+        match kept {
+            Some((ended_in, kept)) => self.write(STREAM, &StreamEnd::of(*ended_in, kept)),
+            None => match self.files.remove(STREAM) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+                Err(error) => Err(error),
+                Ok(()) => self.files.sync_directory(""),
+            },
+        }
+    }
+
+    /// Where the stream ended, if the agent that ended in this epoch of the maps left word of it.
+    pub(crate) fn kept_stream(&self, ended_in: Epoch) -> Option<KeptStream> {
+        match self.read::<StreamEnd>(STREAM) {
+            Ok(found) => found.filter(|found| found.epoch == ended_in.0)?.parse(),
+            Err(error) => {
+                tracing::warn!(error = chain(&error), "the end of the last stream is not known: the disks are healed");
+                None
+            }
+        }
     }
 
     /// Makes `value` the record `name`, durable on return.
@@ -252,6 +345,48 @@ fn join_problem(error: JoinError) -> Problem {
         JoinError::NoAddress => Problem::usage(what, why, "name the server with --server HOST:PORT"),
         JoinError::Identity(_) => Problem::failed(what, why, "make the state directory writable, then repeat"),
         JoinError::BadAnswer(_) => Problem::failed(what, why, "use the same version on both machines"),
+    }
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct StreamEnd {
+    /// The maps' epoch in which the agent ended.
+    epoch: u32,
+    chain: String,
+    generation: u32,
+    released: String,
+    hash: String,
+    heals_started: u64,
+    /// Disk, first byte, number of bytes.
+    lacking: Vec<(u16, u64, u64)>,
+}
+
+impl StreamEnd {
+    fn of(ended_in: Epoch, kept: &KeptStream) -> StreamEnd {
+        StreamEnd {
+            epoch: ended_in.0,
+            chain: kept.chain.to_string(),
+            generation: kept.generation.0,
+            released: kept.released.to_string(),
+            hash: blake3::Hash::from_bytes(kept.hash.0).to_hex().to_string(),
+            heals_started: kept.heals_started,
+            lacking: kept.lacking.iter().map(|(disk, range)| (disk.0, range.start, range.len)).collect(),
+        }
+    }
+
+    fn parse(&self) -> Option<KeptStream> {
+        let range = |(disk, start, len): &(u16, u64, u64)| {
+            Some((DiskId(*disk), ByteRange::between(*start, start.checked_add(*len)?)?))
+        };
+        Some(KeptStream {
+            chain: self.chain.parse().ok()?,
+            generation: Generation(self.generation),
+            released: self.released.parse().ok()?,
+            hash: StreamHash(*blake3::Hash::from_hex(&self.hash).ok()?.as_bytes()),
+            heals_started: self.heals_started,
+            lacking: Ranges::of(self.lacking.iter().map(range).collect::<Option<Vec<_>>>()?),
+        })
     }
 }
 

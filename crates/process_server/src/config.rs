@@ -43,6 +43,19 @@ pub struct ServerConfig {
     /// Chunks that deduplication remembers; each takes about 40 bytes of memory.
     #[serde(default = "dedup_chunks_max")]
     pub dedup_chunks_max: usize,
+    /// The master target: failbacks of recovery hosts to disks of this host.
+    #[serde(default)]
+    pub master_target: MasterTargetConfig,
+}
+
+/// `[master_target]` of `server.toml`.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct MasterTargetConfig {
+    /// Take orders of recovery hosts. Without it they are refused.
+    pub enabled: bool,
+    /// Disks and image files that may be written over, and folders whose contents may. Nothing else is.
+    pub disks: Vec<PathBuf>,
 }
 
 fn listen() -> String {
@@ -100,5 +113,9 @@ mod tests {
         assert!(error.to_string().contains("seal_bites"), "{error}");
         let config = ServerConfig::parse("state_dir = '/a'\nvault = '/b'\n").expect("the rest has defaults");
         assert_eq!(config.pace().seal_interval, Duration::from_secs(3));
+        assert!(!config.master_target.enabled, "nobody's disks are written to unasked");
+        let text = "state_dir = '/a'\nvault = '/b'\n[master_target]\nenabled = true\ndisk = '/dev/sdb'\n";
+        let error = ServerConfig::parse(text).expect_err("a typo in the table");
+        assert!(error.to_string().contains("unknown field `disk`"), "{error}");
     }
 }

@@ -18,13 +18,19 @@ use bytes::Bytes;
 use replication::codec::{DecodeError, Decoder, Encoder};
 use replication::receiver::{Action, Event, Receiver};
 use replication::wire::{HealContent, Message, OfferHashes, OfferedLeaf};
-use replication::{ByteRange, ChainId, Change, Cut, DiskId, HealId, PointTime, SequenceNumber, StreamHash};
+use replication::{ByteRange, ChainId, Change, Cut, DiskId, HealId, PointTime, Reach, SequenceNumber, StreamHash};
 
 use crate::journal::thread::Completion;
 use crate::journal::{ChangeReader, JournalError, NoteKind, Record, Replayed};
 
-/// Note kind: a gap is open (the note's bytes say where) or closed (no bytes).
+/// Note kind: a gap of the whole machine is open (the note's bytes say where) or closed (no bytes).
 pub const GAP_NOTE: NoteKind = NoteKind(1);
+/// Note kind: the newest gaps of ranges, as a list.
+pub const RANGE_GAPS_NOTE: NoteKind = NoteKind(2);
+/// Gaps that one note lists at most: what may be open at one position and not committed yet.
+const NOTED_GAPS_MAX: usize = 4;
+/// Longest cause in a note, in bytes.
+const NOTED_CAUSE_BYTES_MAX: usize = 200;
 
 /// Where records go to become durable. The real one is the journal's thread.
 pub trait ChangeLog: Send + Sync {
@@ -33,6 +39,9 @@ pub trait ChangeLog: Send + Sync {
 
     /// Bytes that changes may still take.
     fn free_bytes(&self) -> u64;
+
+    /// The newest change of `chain` that was ever queued, or is known to be committed or dropped.
+    fn last(&self, chain: ChainId) -> Result<SequenceNumber, JournalError>;
 
     /// What is durable of `chain` after `after`, in order, about `bytes_max` bytes of data of it.
     fn read_back(&self, chain: ChainId, after: SequenceNumber, bytes_max: u64) -> Result<Vec<ReadBack>, JournalError>;
@@ -53,20 +62,25 @@ pub fn read_back(reader: &ChangeReader, bytes_max: u64) -> Result<Vec<ReadBack>,
     let mut bytes = 0;
     let mut first = true;
     reader.visit(|item| {
-        let note = match item {
+        let (of_machine, of_ranges) = match item {
             Replayed::Record(Record::Changes { changes, .. }) => {
                 bytes += changes.iter().map(|change| change.kind.data_len() as u64).sum::<u64>();
                 found.push(ReadBack::Changes(changes));
-                None
+                (None, None)
             }
-            Replayed::Record(Record::Note { kind: GAP_NOTE, bytes, .. }) => Some(bytes),
+            Replayed::Record(Record::Note { kind: GAP_NOTE, bytes, .. }) => (Some(bytes), None),
+            Replayed::Record(Record::Note { kind: RANGE_GAPS_NOTE, bytes, .. }) => (None, Some(bytes)),
             // Only the oldest file's opening tells what was true before its changes.
-            Replayed::State(state) if first => state.notes.get(&GAP_NOTE).cloned(),
-            _ => None,
+            Replayed::State(state) if first => {
+                (state.notes.get(&GAP_NOTE).cloned(), state.notes.get(&RANGE_GAPS_NOTE).cloned())
+            }
+            _ => (None, None),
         };
         first = false;
         // A note this version does not understand was written by a newer one; the heal it stood for is still needed.
-        found.extend(note.and_then(|bytes| GapNote::decode(bytes).ok()).map(ReadBack::Gap));
+        found.extend(of_machine.and_then(|bytes| GapNote::decode(bytes).ok()).map(ReadBack::Gap));
+        let of_ranges = of_ranges.and_then(|bytes| GapNote::decode_list(bytes).ok()).unwrap_or_default();
+        found.extend(of_ranges.into_iter().map(|note| ReadBack::Gap(Some(note))));
         if bytes >= bytes_max { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     })?;
     Ok(found)
@@ -81,12 +95,19 @@ impl ChangeLog for crate::journal::JournalThread {
         self.status().free_bytes
     }
 
+    fn last(&self, chain: ChainId) -> Result<SequenceNumber, JournalError> {
+        Ok(self.changes_of(chain)?.last())
+    }
+
     fn read_back(&self, chain: ChainId, after: SequenceNumber, bytes_max: u64) -> Result<Vec<ReadBack>, JournalError> {
         read_back(&self.changes_of(chain)?.after(after), bytes_max)
     }
 }
 
 /// What the pipeline is given, in stream order.
+///
+/// Not [`Action`] itself, although it looks like it: only what is durable becomes work, messages and disconnections never
+/// do, and the end of a session, of which the receiver cannot tell, does.
 #[derive(Debug)]
 #[allow(missing_docs)]
 pub enum Work {
@@ -98,6 +119,7 @@ pub enum Work {
     Cut(Cut),
     GapOpened {
         at: SequenceNumber,
+        reach: Reach,
         time: PointTime,
         cause: String,
     },
@@ -109,6 +131,7 @@ pub enum Work {
     HealBegin {
         heal: HealId,
         p0: SequenceNumber,
+        reach: Reach,
         hashes: OfferHashes,
         planned_bytes: u64,
     },
@@ -153,6 +176,8 @@ pub struct Outcome {
 pub struct GapNote {
     /// The last change before the break.
     pub at: SequenceNumber,
+    /// What it concerns.
+    pub reach: Reach,
     /// When.
     pub time: PointTime,
     /// Why.
@@ -163,8 +188,46 @@ impl GapNote {
     /// The note's bytes.
     pub fn encode(&self) -> Bytes {
         let mut out = Encoder::new();
-        out.u64(self.at.0).u64(self.time.0).text(&self.cause);
+        self.encode_to(&mut out);
         out.finish().into()
+    }
+
+    fn encode_to(&self, out: &mut Encoder) {
+        let mut end = self.cause.len().min(NOTED_CAUSE_BYTES_MAX);
+        while !self.cause.is_char_boundary(end) {
+            end -= 1;
+        }
+        self.reach.encode(out.u64(self.at.0));
+        out.u64(self.time.0).text(&self.cause[..end]);
+    }
+
+    fn decode_from(input: &mut Decoder) -> Result<GapNote, DecodeError> {
+        Ok(GapNote {
+            at: SequenceNumber(input.u64("gap position")?),
+            reach: Reach::decode(input)?,
+            time: PointTime(input.u64("gap time")?),
+            cause: input.text("gap cause", NOTED_CAUSE_BYTES_MAX)?,
+        })
+    }
+
+    /// The bytes of a note that lists several gaps.
+    pub fn encode_list<'a>(notes: impl ExactSizeIterator<Item = &'a GapNote>) -> Bytes {
+        let mut out = Encoder::new();
+        out.varint(notes.len() as u64);
+        notes.for_each(|note| note.encode_to(&mut out));
+        out.finish().into()
+    }
+
+    /// Reads a note that lists gaps.
+    ///
+    /// # Errors
+    /// It is none.
+    pub fn decode_list(bytes: Bytes) -> Result<Vec<GapNote>, DecodeError> {
+        let mut input = Decoder::new(bytes);
+        let count = input.count("gaps", NOTED_GAPS_MAX as u64)?;
+        let notes = (0..count).map(|_| GapNote::decode_from(&mut input)).collect::<Result<_, _>>()?;
+        input.finish()?;
+        Ok(notes)
     }
 
     /// Reads a note; `None` if it says that no gap is open.
@@ -173,11 +236,9 @@ impl GapNote {
             return Ok(None);
         }
         let mut input = Decoder::new(bytes);
-        let at = SequenceNumber(input.u64("gap position")?);
-        let time = PointTime(input.u64("gap time")?);
-        let cause = input.text("gap cause", replication::limits::REASON_BYTES_MAX)?;
+        let note = GapNote::decode_from(&mut input)?;
         input.finish()?;
-        Ok(Some(GapNote { at, time, cause }))
+        Ok(Some(note))
     }
 }
 
@@ -206,6 +267,8 @@ pub struct Ingest {
     next_ticket: u64,
     window_bytes: u64,
     announced_window: u64,
+    /// The newest gaps of ranges.
+    noted: VecDeque<GapNote>,
 }
 
 impl Ingest {
@@ -226,11 +289,15 @@ impl Ingest {
             next_ticket: 1,
             window_bytes,
             announced_window: window_bytes,
+            noted: VecDeque::new(),
         }
     }
 
     /// A session begins with `receiver`, which writes to `chain`.
     pub fn begin(&mut self, receiver: Receiver) {
+        if self.chain != receiver.chain() {
+            self.noted.clear();
+        }
         self.chain = receiver.chain();
         self.announced_window = self.window_bytes;
         self.receiver = Some(receiver);
@@ -290,17 +357,20 @@ impl Ingest {
                     self.hold(Work::Changes { changes, hash });
                 }
                 Action::Cut(cut) => self.hold(Work::Cut(cut)),
-                Action::GapOpened { at, time, cause } => {
-                    let bytes = GapNote { at, time, cause: cause.clone() }.encode();
-                    self.append(Record::Note { chain: self.chain, kind: GAP_NOTE, bytes });
-                    self.hold(Work::GapOpened { at, time, cause });
+                Action::GapOpened { at, reach, time, cause } => {
+                    let note = GapNote { at, reach: reach.clone(), time, cause: cause.clone() };
+                    self.note(note);
+                    self.hold(Work::GapOpened { at, reach, time, cause });
                 }
                 Action::Proven { through, time, skew_ns } => self.hold(Work::Proven { through, time, skew_ns }),
-                Action::HealBegin { heal, p0, hashes, planned_bytes, whole: _ } => {
-                    self.hold(Work::HealBegin { heal, p0, hashes, planned_bytes });
+                Action::HealBegin { heal, p0, reach, hashes, planned_bytes, whole: _ } => {
+                    self.hold(Work::HealBegin { heal, p0, reach, hashes, planned_bytes });
                 }
                 Action::Compare { heal, offer, disk, start, leaves } => {
                     self.hold(Work::Compare { heal, offer, disk, start, leaves });
+                }
+                Action::CompareGranules { .. } | Action::CompareLeaves { .. } => {
+                    out.disconnect = Some("a process server compares leaves, and holds their hashes itself".into());
                 }
                 Action::HealData { heal, disk, range, content } => {
                     self.hold(Work::HealData { heal, disk, range, content });
@@ -310,6 +380,22 @@ impl Ingest {
                 Action::Disconnect { reason } => out.disconnect = Some(reason),
             }
         }
+    }
+
+    /// Notes a gap in stream order. A file's opening repeats only the newest note of a kind: it has to tell of every gap
+    /// that may not be committed.
+    fn note(&mut self, note: GapNote) {
+        let (kind, bytes) = match note.reach {
+            Reach::Machine => (GAP_NOTE, note.encode()),
+            Reach::Ranges(_) => {
+                if self.noted.len() == NOTED_GAPS_MAX {
+                    self.noted.pop_front();
+                }
+                self.noted.push_back(note);
+                (RANGE_GAPS_NOTE, GapNote::encode_list(self.noted.iter()))
+            }
+        };
+        self.append(Record::Note { chain: self.chain, kind, bytes });
     }
 
     /// Gives `record` the next ticket and queues it, behind whatever already waits for room.

@@ -4,6 +4,7 @@
 //! A change's way: ingest, [`journal`], seal, upload.
 
 pub mod config;
+pub mod feedback;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
 pub mod ingest;
@@ -12,5 +13,5 @@ pub mod machine;
 pub mod pipeline;
 pub mod server;
 
-pub use config::ServerConfig;
+pub use config::{MasterTargetConfig, ServerConfig};
 pub use server::{Server, StartError};

@@ -20,6 +20,7 @@ use replication::wire::{Hello, Message, RefusalCode};
 use replication::{ChainId, InstanceId, MachineId, PointTime};
 use world::Entropy;
 
+use crate::feedback::Feedback;
 use crate::ingest::{Ingest, Outcome, Work};
 use crate::journal::ChainState;
 use crate::pipeline::{Greeted, Pipeline, Services};
@@ -38,10 +39,19 @@ const STOPPING_PATIENCE: Duration = Duration::from_secs(10);
 const ACK_TICK: Duration = Duration::from_millis(1);
 /// How often a session with nothing outstanding looks up from its link.
 const QUIET_TICK: Duration = Duration::from_millis(200);
+/// How long a session's agent may take to answer when a newer run of it asks for its place.
+const SILENCE_MAX: Duration = Duration::from_secs(2);
+/// How often the answer is looked for.
+const SILENCE_TICK: Duration = Duration::from_millis(20);
 
 struct Live {
     connection: Arc<Connection>,
     instance: InstanceId,
+    started: PointTime,
+    /// Messages that have come since it was greeted.
+    heard: u64,
+    /// The session reads nothing: its pipeline has more than enough to do.
+    congested: bool,
 }
 
 struct GreetingWish {
@@ -95,6 +105,11 @@ impl Shared {
 }
 
 impl State {
+    /// The session, if it is the one on `connection`.
+    fn live_on(&mut self, connection: &Arc<Connection>) -> Option<&mut Live> {
+        self.live.as_mut().filter(|live| Arc::ptr_eq(&live.connection, connection))
+    }
+
     /// Carries out what the ingest wants. Returns the reason if the session must end.
     fn carry_out(&mut self, outcome: Outcome) -> Option<String> {
         for work in outcome.work {
@@ -144,14 +159,7 @@ impl Machine {
         journal: impl Fn(ChainId) -> Option<ChainState> + Send + 'static,
     ) -> std::io::Result<Arc<Machine>> {
         let shared = Arc::new_cyclic(|weak: &Weak<Shared>| {
-            let wake = {
-                let weak = weak.clone();
-                Arc::new(move || {
-                    if let Some(shared) = weak.upgrade() {
-                        shared.work.notify_all();
-                    }
-                })
-            };
+            let wake = waker(weak.clone());
             let ingest = Ingest::new(ChainId::default(), Arc::clone(&services.log), services.pace.window_bytes, wake);
             Shared {
                 machine,
@@ -202,36 +210,42 @@ impl Machine {
     }
 
     /// Serves one link until it ends; returns why it did.
-    pub fn serve(&self, connection: Connection) -> String {
+    pub fn serve(&self, connection: Connection, feedback: &Feedback) -> String {
         let connection = Arc::new(connection);
-        match self.greet(&connection) {
+        match self.greet(&connection, feedback) {
             Ok(()) => {}
             Err(reason) => return reason,
         }
         let reason = self.converse(&connection);
         let mut state = self.shared.lock();
-        let outcome = state.ingest.end();
-        state.carry_out(outcome);
-        state.live = None;
-        state.status.connected = false;
+        // Another link may have taken this one's place meanwhile; its session is not this one's to end.
+        if state.live.is_none() || state.live_on(&connection).is_some() {
+            let outcome = state.ingest.end();
+            state.carry_out(outcome);
+            state.live = None;
+            state.status.connected = false;
+        }
         drop(state);
         self.shared.work.notify_all();
         reason
     }
 
-    fn greet(&self, connection: &Arc<Connection>) -> Result<(), String> {
+    fn greet(&self, connection: &Arc<Connection>, feedback: &Feedback) -> Result<(), String> {
         let hello = match receive(connection, GREETING_TIMEOUT)? {
             Some(Message::Hello(hello)) => hello,
             Some(_) => return Err("the peer did not begin with a hello".into()),
             None => return Err("the peer said nothing".into()),
         };
+        if let Some(reason) = feedback.objection(&hello) {
+            let _ = send(connection, &Message::Refuse { code: RefusalCode::NotAuthorised, reason: reason.clone() });
+            let _ = connection.close(Duration::from_secs(1));
+            return Err(reason);
+        }
         let (reply, answer) = mpsc::sync_channel(1);
         {
-            let mut state = self.shared.lock();
-            if let Some(live) = &state.live
-                && live.instance != hello.instance
-                && live.connection.end().is_none()
-            {
+            let (mut state, taken) = self.sound_out(&hello);
+            if taken {
+                drop(state);
                 let reason = "another running agent uses this machine's identity; stop one of them, or join the copy \
                               as a new machine";
                 let refusal = Message::Refuse { code: RefusalCode::DuplicateIdentity, reason: reason.into() };
@@ -239,7 +253,7 @@ impl Machine {
                 return Err(reason.into());
             }
             if let Some(old) = state.live.take() {
-                // The same agent on a new link: the old one is dead, even if nobody has noticed yet.
+                // Its agent is on a new link or gone, even if nobody has noticed yet.
                 drop(old);
                 let outcome = state.ingest.end();
                 state.carry_out(outcome);
@@ -252,7 +266,14 @@ impl Machine {
             state.greeting = Some(GreetingWish { hello: hello.clone(), reply });
         }
         self.shared.work.notify_all();
-        let greeted = answer.recv_timeout(GREETING_TIMEOUT).map_err(|_| "the machine's chain was not ready in time")?;
+        let Ok(greeted) = answer.recv_timeout(GREETING_TIMEOUT) else {
+            // The pipeline that was to answer has ended: its reason is the answer.
+            let ended = self.shared.lock().ended.clone();
+            let reason = ended.unwrap_or_else(|| "the machine's chain was not ready in time".into());
+            let _ = send(connection, &Message::Refuse { code: RefusalCode::Busy, reason: reason.clone() });
+            let _ = connection.close(Duration::from_secs(1));
+            return Err(reason);
+        };
         match greeted {
             Ok(Greeted::Accepted(receiver, welcome)) => {
                 let mut state = self.shared.lock();
@@ -260,7 +281,13 @@ impl Machine {
                 state.status.chain = receiver.chain();
                 state.status.connected = true;
                 state.ingest.begin(*receiver);
-                state.live = Some(Live { connection: Arc::clone(connection), instance: hello.instance });
+                state.live = Some(Live {
+                    connection: Arc::clone(connection),
+                    instance: hello.instance,
+                    started: hello.started,
+                    heard: 0,
+                    congested: false,
+                });
                 Ok(())
             }
             Ok(Greeted::Refused(refusal)) => {
@@ -272,11 +299,44 @@ impl Machine {
                 let _ = connection.close(Duration::from_secs(1));
                 Err(reason)
             }
+            Ok(Greeted::Later) => Err("the machine's chain was not ready in time".into()),
             Err(reason) => {
                 let _ = send(connection, &Message::Refuse { code: RefusalCode::Busy, reason: reason.clone() });
                 let _ = connection.close(Duration::from_secs(1));
                 Err(reason)
             }
+        }
+    }
+
+    /// Whether another run of the agent holds the machine's place. One that is older than the caller and silent loses it:
+    /// after a kill of its machine nobody else would notice for as long as an idle link may live.
+    fn sound_out(&self, hello: &Hello) -> (MutexGuard<'_, State>, bool) {
+        let clock = &self.shared.services.clock;
+        let mut state = self.shared.lock();
+        let until = clock.monotonic().plus(SILENCE_MAX);
+        let mut asked = None;
+        loop {
+            let Some(live) = &state.live else { return (state, false) };
+            if live.instance == hello.instance || live.connection.end().is_some() {
+                return (state, false);
+            }
+            let heard = *asked.get_or_insert_with(|| {
+                let frame = Message::Ping.encode();
+                // A queue that is full has not been read for long; then there is nothing to ask.
+                let _ = live.connection.try_send(Frame::from_parts(frame.kind, frame.parts));
+                live.heard
+            });
+            if live.started >= hello.started || live.heard != heard {
+                return (state, true);
+            }
+            if clock.monotonic() >= until {
+                let taken = live.congested;
+                if !taken {
+                    tracing::info!(machine = %self.shared.machine, "a silent link gives way to a newer run of its agent");
+                }
+                return (state, taken);
+            }
+            state = self.shared.room.wait_timeout(state, SILENCE_TICK).unwrap_or_else(PoisonError::into_inner).0;
         }
     }
 
@@ -288,14 +348,19 @@ impl Machine {
                 Err(reason) => return reason,
             };
             let mut state = self.shared.lock();
+            if let Some(live) = state.live_on(connection) {
+                live.heard += u64::from(message.is_some());
+                live.congested = true;
+            }
             while state.inbox_bytes > INBOX_BYTES_MAX && state.ended.is_none() {
                 state = self.shared.room.wait(state).unwrap_or_else(PoisonError::into_inner);
             }
             if let Some(ended) = &state.ended {
                 return ended.clone();
             }
-            if state.live.as_ref().is_none_or(|live| !Arc::ptr_eq(&live.connection, connection)) {
-                return "a newer link took this one's place".into();
+            match state.live_on(connection) {
+                Some(live) => live.congested = false,
+                None => return "a newer link took this one's place".into(),
             }
             let outcome = match message {
                 Some(message) => state.ingest.message(message, self.shared.wall()),
@@ -334,7 +399,7 @@ fn receive(connection: &Connection, wait: Duration) -> Result<Option<Message>, S
 
 /// The pipeline thread. Returns why it ended, or `None` if it was asked to.
 fn run_pipeline(
-    shared: &Shared,
+    shared: &Arc<Shared>,
     entropy: &dyn Entropy,
     journal: impl Fn(ChainId) -> Option<ChainState>,
 ) -> Option<String> {
@@ -345,6 +410,7 @@ fn run_pipeline(
         Ok(pipeline) => pipeline,
         Err(error) => return Some(chain_of_errors(&error)),
     };
+    pipeline.wake_with(waker(Arc::downgrade(shared)));
     let mut patience = None;
     loop {
         let (work, stopping) = next_work(shared, &pipeline);
@@ -369,7 +435,10 @@ fn run_pipeline(
                 Ok(_) if !pipeline.is_drained() => continue,
                 Ok(_) => match Pipeline::open(shared.services.clone(), entropy, shared.machine, Some(&hello), &journal)
                 {
-                    Ok(other) => pipeline = other,
+                    Ok(other) => {
+                        pipeline = other;
+                        pipeline.wake_with(waker(Arc::downgrade(shared)));
+                    }
                     Err(error) => return Some(chain_of_errors(&error)),
                 },
                 Err(error) => tracing::warn!(machine = %shared.machine, %error, "the catalog cannot be read now"),
@@ -391,6 +460,15 @@ fn run_pipeline(
             }
         }
     }
+}
+
+/// What the journal's thread calls when records have become durable.
+fn waker(shared: Weak<Shared>) -> Arc<dyn Fn() + Send + Sync> {
+    Arc::new(move || {
+        if let Some(shared) = shared.upgrade() {
+            shared.work.notify_all();
+        }
+    })
 }
 
 fn wait_for_greeting(shared: &Shared) -> Option<Option<Hello>> {
@@ -453,6 +531,10 @@ fn answer_greeting(shared: &Shared, pipeline: &mut Pipeline) -> Option<String> {
     drop(state);
     let answer = pipeline.greet(&wish.hello, shared.machine, live);
     let (answer, fatal) = match answer {
+        Ok(Greeted::Later) => {
+            shared.lock().greeting.get_or_insert(wish);
+            return None;
+        }
         Ok(greeted) => (Ok(greeted), None),
         Err(error) => {
             let reason = chain_of_errors(&error);

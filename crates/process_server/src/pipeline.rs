@@ -11,6 +11,7 @@
 //! (changes) or still on the source (heal data).
 
 mod commit;
+mod gaps;
 mod heal;
 mod open;
 
@@ -22,18 +23,20 @@ use replication::receiver::Event;
 use replication::{ChainId, Change, ChangeKind, MachineId, PointTime, SequenceNumber};
 use vault::keys::WriterSession;
 use vault::layer::LayerRef;
-use vault::manifest::{Gap, GapScope, GeometryChange};
+use vault::manifest::{GapScope, GeometryChange};
 use vault::pack::SharedDedup;
 use vault::view::ChainView;
 use vault::view_source::FrameSource;
 use vault::{ChainWriter, OpenKeys, Store, VaultError};
 use world::{Clock, Monotonic};
 
-use crate::ingest::{ChangeLog, GAP_NOTE, GapNote, ReadBack, Work};
-use crate::journal::{JournalError, Record};
+use crate::ingest::{ChangeLog, GapNote, ReadBack, Work};
+use crate::journal::JournalError;
 
 use commit::{Flying, Pending};
+use gaps::OpenGap;
 use heal::HealSink;
+use open::Renewal;
 pub use open::{Greeted, OpenError};
 
 /// What all chains of a process server share.
@@ -146,8 +149,8 @@ pub struct Pipeline {
     pending: Pending,
     flying: Option<Flying>,
     heal: Option<HealSink>,
-    /// Last positions before the breaks that no heal has ended yet.
-    open_gaps: Vec<SequenceNumber>,
+    /// Gaps that no heal has ended yet.
+    open_gaps: Vec<OpenGap>,
     /// Newest point time and cut planner, for the next session.
     last_point: PointTime,
     planner: replication::cut::CutPlanner,
@@ -157,7 +160,7 @@ pub struct Pipeline {
     /// Cuts of changes up to here are not known yet: a restart found them in the journal.
     replay_through: SequenceNumber,
     /// After which change, and when, the gaps opened that the vault knew at the start.
-    known_gaps: Vec<(SequenceNumber, PointTime)>,
+    known_gaps: Vec<(SequenceNumber, PointTime, GapScope)>,
     /// Newest journaled change and the stream's hash there, if it is known.
     stream: Option<(SequenceNumber, replication::StreamHash)>,
     proven: PointTime,
@@ -166,9 +169,20 @@ pub struct Pipeline {
     retry_at: Monotonic,
     last_boot: Option<([u8; 16], [u8; 16])>,
     geometries: Vec<replication::DiskGeometry>,
+    /// The disks as the sender described them in its hello.
+    announced: Vec<replication::DiskGeometry>,
+    /// A sender to which continuity is lost: everything is committed before its generation is opened.
+    renewing: Option<Renewal>,
+    /// Called from the journal's thread when [`Pipeline::step`] has something to do.
+    wake: Arc<dyn Fn() + Send + Sync>,
 }
 
 impl Pipeline {
+    /// Has `wake` called, from another thread, whenever [`Pipeline::step`] could go on.
+    pub fn wake_with(&mut self, wake: Arc<dyn Fn() + Send + Sync>) {
+        self.wake = wake;
+    }
+
     /// The chain it writes.
     pub fn chain(&self) -> ChainId {
         self.chain
@@ -209,7 +223,7 @@ impl Pipeline {
                 self.pending.cuts.push(cut);
                 self.touch();
             }
-            Work::GapOpened { at, time, cause } => self.open_gap(at, time, cause),
+            Work::GapOpened { at, reach, time, cause } => self.open_gap(at, reach, time, cause),
             Work::Proven { through: _, time, skew_ns } => {
                 self.proven = self.proven.max(time);
                 self.last_point = self.last_point.max(time);
@@ -217,11 +231,11 @@ impl Pipeline {
                 // Keeps the next session's cuts in step with those already announced.
                 let _ = self.planner.proven(time);
             }
-            Work::HealBegin { heal, p0, hashes, planned_bytes: _ } => {
+            Work::HealBegin { heal, p0, reach, hashes, planned_bytes: _ } => {
                 if let Some(unfinished) = self.heal.take() {
                     self.open_gaps.extend(unfinished.give_back());
                 }
-                self.heal = Some(HealSink::new(&self.services, self.chain, self.writer.generation(), heal, p0, hashes));
+                self.heal = Some(HealSink::new(&self.services, &self.writer, heal, p0, (reach, hashes)));
             }
             Work::Compare { heal, offer, disk, start, leaves } => {
                 if let Some(sink) = self.heal.as_mut().filter(|sink| sink.heal() == heal) {
@@ -246,12 +260,12 @@ impl Pipeline {
             return Ok(events);
         }
         self.read_back()?;
-        self.finish_images(now);
+        self.finish_images(now, &mut events);
         if self.flying.is_none() && self.is_due(now) {
             self.take_off(now)?;
         }
         self.land(now, &mut events)?;
-        self.judge_offers(&mut events);
+        self.judge_offers(now, &mut events);
         Ok(events)
     }
 
@@ -277,7 +291,7 @@ impl Pipeline {
             // The session's receiver decides on cuts; this planner follows, to know where the next session starts. For
             // changes that a restart found in the journal nobody else has decided.
             let cuts = self.planner.change(&change);
-            if change.sequence <= self.replay_through && self.open_gaps.is_empty() {
+            if change.sequence <= self.replay_through && !self.is_in_gap() {
                 self.pending.cuts.extend(cuts);
             }
             if let ChangeKind::Geometry(geometry) = &change.kind {
@@ -301,12 +315,12 @@ impl Pipeline {
                     ReadBack::Changes(changes) => self.load(changes),
                     // A gap whose opening is in the vault is as open as the vault says, and one that lies before what is
                     // committed would have been committed with it: its note belongs to a session that was replaced.
-                    ReadBack::Gap(Some(GapNote { at, time, cause }))
+                    ReadBack::Gap(Some(GapNote { at, reach, time, cause }))
                         if self.loaded < self.replay_through
                             && at >= self.writer.through()
-                            && !self.knows_gap(at, time) =>
+                            && !self.knows_gap(at, time, &reach) =>
                     {
-                        self.open_gap(at, time, cause);
+                        self.open_gap(at, reach, time, cause);
                     }
                     ReadBack::Gap(_) => {}
                 }
@@ -328,30 +342,6 @@ impl Pipeline {
         self.pending.geometries.push(GeometryChange { sequence, geometry });
     }
 
-    fn open_gap(&mut self, at: SequenceNumber, time: PointTime, cause: String) {
-        self.planner = replication::cut::CutPlanner::default();
-        if !self.open_gaps.is_empty() {
-            return;
-        }
-        let after = at.max(self.pending.cuts.last().map_or(SequenceNumber(0), |cut| cut.sequence));
-        self.open_gaps.push(after);
-        self.pending.gaps_opened.push(Gap { after, scope: GapScope::Machine, time, cause, until: None });
-        self.touch();
-    }
-
-    /// Point time may stand still for a while after a clock jumped back, so it alone identifies nothing.
-    fn knows_gap(&self, at: SequenceNumber, time: PointTime) -> bool {
-        self.known_gaps.iter().any(|(after, opened)| *opened == time && *after >= at)
-    }
-
-    fn note_gap(&self, at: SequenceNumber, time: PointTime, cause: &str) {
-        let bytes = GapNote { at, time, cause: cause.to_owned() }.encode();
-        let record = Record::Note { chain: self.chain, kind: GAP_NOTE, bytes };
-        if let Err(error) = self.services.log.append(record, Box::new(|_| {})) {
-            tracing::warn!(chain = %self.chain, %error, "a gap could not be noted in the journal");
-        }
-    }
-
     fn touch(&mut self) {
         self.pending.since.get_or_insert(self.services.clock.monotonic());
     }
@@ -362,7 +352,8 @@ impl Pipeline {
             return stale && now.since(self.proof_committed_at) >= self.services.pace.idle_interval;
         };
         let urgent = self.heal.as_ref().is_some_and(|sink| self.writer.through() < sink.p0())
-            || !self.pending.heals_ended.is_empty();
+            || !self.pending.heals_ended.is_empty()
+            || self.renewing.is_some();
         urgent
             || self.pending.bytes >= self.services.pace.seal_bytes
             || now.since(since) >= self.services.pace.seal_interval

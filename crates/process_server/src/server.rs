@@ -17,6 +17,7 @@ use vault::{FolderStore, OpenKeys, Store, Vault, WriterKeys, probe_create_only};
 use world::{Clock, Entropy, Files, RealFiles, SystemClock, SystemEntropy};
 
 use crate::config::ServerConfig;
+use crate::feedback::Feedback;
 use crate::journal::{ChainState, HostKey, Journal, JournalConfig, JournalThread, QueueConfig};
 use crate::machine::{Machine, MachineStatus, chain_of_errors};
 use crate::pipeline::Services;
@@ -54,6 +55,7 @@ struct Shared {
     /// What the journal held when the server started.
     recovered: Mutex<BTreeMap<ChainId, ChainState>>,
     stopping: AtomicBool,
+    feedback: Feedback,
     others: Option<OtherPeers>,
 }
 
@@ -169,6 +171,7 @@ impl Server {
             machines: Mutex::default(),
             recovered: Mutex::new(recovered.chains),
             stopping: AtomicBool::new(false),
+            feedback: Feedback::new(&config.state_dir, &config.vault),
             others,
         });
         let listener = listen(config, authority, clock)?;
@@ -307,7 +310,7 @@ fn begin(shared: &Arc<Shared>, peer: PeerIdentity, connection: Connection) {
         match shared.machine(id) {
             Ok(machine) => {
                 tracing::info!(machine = %id, address = connection.address(), "an agent connected");
-                let reason = machine.serve(connection);
+                let reason = machine.serve(connection, &shared.feedback);
                 tracing::info!(machine = %id, reason, "an agent's session ended");
             }
             Err(error) => tracing::error!(machine = %id, %error, "a machine cannot be served"),

@@ -1,8 +1,9 @@
 //! One heal as the sender runs it: which ranges are still to be read, which offers wait for a verdict, how much data is
 //! under way. Pure; the sender turns its steps into actions.
 //!
-//! A chunk's life: planned → reading → offered (its data kept if it was read) → wanted leaves sent. When the receiver
-//! holds nothing at all, chunks skip the offer and whatever is not zero is sent.
+//! A chunk's life: planned → reading → offered (its data kept if it was read) → wanted leaves sent. With keyed hashes its
+//! granules are offered first, and then the leaves of those that are wanted. When the receiver holds nothing at all, chunks
+//! skip the offer and whatever is not zero is sent.
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -10,7 +11,9 @@ use bytes::Bytes;
 
 use crate::change::HealId;
 use crate::geometry::{ByteRange, LEAF_BYTES};
+use crate::leaf::LeafKey;
 use crate::limits;
+use crate::offers::{granule_leaves, offered_granule};
 use crate::position::{DiskId, SequenceNumber};
 use crate::sender::HealProgress;
 use crate::wire::{HealContent, Message, OfferedLeaf, is_wanted};
@@ -38,6 +41,16 @@ struct Chunk {
     range: ByteRange,
     leaves: Vec<OfferedLeaf>,
     data: Option<Bytes>,
+    verdict: Verdict,
+}
+
+/// What the receiver's next word on a chunk is about.
+#[derive(Debug, PartialEq, Eq)]
+enum Verdict {
+    Granules,
+    AllLeaves,
+    /// The leaves at these places.
+    Leaves(Vec<usize>),
 }
 
 /// The state of one heal between its `p0` and its last message.
@@ -47,8 +60,12 @@ pub(crate) struct HealRun {
     p0: SequenceNumber,
     begun: bool,
     base_empty: bool,
+    /// What names granules; without it leaves are offered at once.
+    names: Option<LeafKey>,
     chunk_bytes: u64,
     planned: VecDeque<(DiskId, ByteRange)>,
+    /// Where planned ranges begin within the leaf that begins here.
+    ragged: BTreeMap<(DiskId, u64), u64>,
     reading: usize,
     fetching: usize,
     /// Wanted ranges of which only the hashes were known, not yet asked for.
@@ -71,6 +88,7 @@ impl HealRun {
         p0: SequenceNumber,
         set: Vec<(DiskId, Vec<ByteRange>)>,
         base_empty: bool,
+        names: Option<LeafKey>,
         chunk_bytes: u64,
     ) -> HealRun {
         let planned: VecDeque<_> =
@@ -81,8 +99,10 @@ impl HealRun {
             p0,
             begun: false,
             base_empty,
+            names,
             chunk_bytes,
             planned,
+            ragged: BTreeMap::new(),
             reading: 0,
             fetching: 0,
             fetches: VecDeque::new(),
@@ -146,6 +166,9 @@ impl HealRun {
     fn next_chunk(&mut self) -> Option<(DiskId, ByteRange)> {
         let (disk, range) = self.planned.pop_front()?;
         let start = range.start / LEAF_BYTES * LEAF_BYTES;
+        if start < range.start {
+            self.ragged.insert((disk, start), range.start);
+        }
         let end = ((start / self.chunk_bytes + 1) * self.chunk_bytes).min(range.end());
         if let Some(rest) = ByteRange::between(end, range.end()) {
             self.planned.push_front((disk, rest));
@@ -157,7 +180,8 @@ impl HealRun {
         debug_assert_eq!(leaves.len() as u64, range.len.div_ceil(LEAF_BYTES), "one entry a leaf");
         self.reading -= 1;
         self.progress.compared_bytes += range.len;
-        let chunk = Chunk { disk, range, leaves, data };
+        let verdict = if self.names.is_some() { Verdict::Granules } else { Verdict::AllLeaves };
+        let chunk = Chunk { disk, range, leaves, data, verdict };
         if self.base_empty {
             let wanted: Vec<bool> = chunk.leaves.iter().map(|leaf| *leaf != OfferedLeaf::Zero).collect();
             self.send_leaves(&chunk, &wanted);
@@ -165,19 +189,54 @@ impl HealRun {
         }
         let offer = self.next_offer;
         self.next_offer += 1;
-        self.ready.push_back(Message::Offer {
-            heal: self.heal,
-            offer,
-            disk,
-            start: range.start,
-            leaves: chunk.leaves.clone(),
+        let (heal, start) = (self.heal, range.start);
+        self.ready.push_back(match &self.names {
+            None => Message::Offer { heal, offer, disk, start, leaves: chunk.leaves.clone() },
+            Some(key) => {
+                let zero = key.zero_leaf();
+                let mut rest = &chunk.leaves[..];
+                let granules = granule_leaves(start, chunk.leaves.len() as u64).map(|count| {
+                    let (leaves, after) = rest.split_at(count);
+                    rest = after;
+                    offered_granule(key, zero, leaves)
+                });
+                let granules = granules.collect();
+                Message::OfferGranules { heal, offer, disk, start, leaves: chunk.leaves.len() as u32, granules }
+            }
         });
         self.offered.insert(offer, chunk);
     }
 
     pub(crate) fn wants(&mut self, offer: u32, wanted: &[u8]) -> Result<(), &'static str> {
-        let chunk = self.offered.remove(&offer).ok_or("the receiver answered an offer that was not made")?;
-        let wanted: Vec<bool> = (0..chunk.leaves.len()).map(|index| is_wanted(wanted, index)).collect();
+        let mut chunk = self.offered.remove(&offer).ok_or("the receiver answered an offer that was not made")?;
+        let count = chunk.leaves.len();
+        let wanted: Vec<bool> = match &chunk.verdict {
+            Verdict::Granules => {
+                let mut at = 0;
+                let mut places = Vec::new();
+                for (index, leaves) in granule_leaves(chunk.range.start, count as u64).enumerate() {
+                    if is_wanted(wanted, index) {
+                        places.extend(at..at + leaves);
+                    }
+                    at += leaves;
+                }
+                if !places.is_empty() {
+                    let leaves = places.iter().map(|place| chunk.leaves[*place]).collect();
+                    self.ready.push_back(Message::OfferLeaves { heal: self.heal, offer, leaves });
+                    chunk.verdict = Verdict::Leaves(places);
+                    self.offered.insert(offer, chunk);
+                }
+                return Ok(());
+            }
+            Verdict::AllLeaves => (0..count).map(|index| is_wanted(wanted, index)).collect(),
+            Verdict::Leaves(places) => {
+                let mut leaves = vec![false; count];
+                for (index, place) in places.iter().enumerate() {
+                    leaves[*place] = is_wanted(wanted, index);
+                }
+                leaves
+            }
+        };
         self.send_leaves(&chunk, &wanted);
         Ok(())
     }
@@ -216,7 +275,9 @@ impl HealRun {
             while index < chunk.leaves.len() && wanted[index] && nature(&chunk.leaves[index]) == kind {
                 index += 1;
             }
-            let start = chunk.range.start + first as u64 * LEAF_BYTES;
+            // What lies in front of a planned range is compared with its first leaf, never sent.
+            let planned = self.ragged.get(&(chunk.disk, chunk.range.start)).copied().unwrap_or(0);
+            let start = planned.max(chunk.range.start + first as u64 * LEAF_BYTES);
             let end = (chunk.range.start + index as u64 * LEAF_BYTES).min(chunk.range.end());
             let run = ByteRange::new(start, end - start);
             for range in run.split_at_multiples(limits::HEAL_DATA_BYTES_MAX as u64) {
@@ -234,3 +295,6 @@ impl HealRun {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -8,12 +8,16 @@
 pub mod change;
 pub mod codec;
 pub mod cut;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 pub mod geometry;
 mod heal;
 pub mod leaf;
 pub mod limits;
 pub mod maps;
+pub mod offers;
 pub mod position;
+pub mod reach;
 pub mod receiver;
 pub mod sender;
 pub mod wire;
@@ -23,3 +27,4 @@ pub use cut::{Cut, CutKind, PointTime};
 pub use geometry::{ByteRange, DiskGeometry, DiskIdentity};
 pub use leaf::{LeafHash, LeafKey, PlainLeafHash};
 pub use position::{ChainId, DiskId, Epoch, Generation, InstanceId, MachineId, Position, SequenceNumber};
+pub use reach::{Ranges, Reach};

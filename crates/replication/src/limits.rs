@@ -26,5 +26,7 @@ pub const HEAL_DATA_BYTES_MAX: usize = 1 << 20;
 pub const OFFERS_IN_FLIGHT_MAX: usize = 32;
 /// Most heal data sent but not yet received, in bytes.
 pub const HEAL_BYTES_IN_FLIGHT_MAX: u64 = 32 << 20;
+/// Most ranges that one break or one heal of ranges names; more are joined.
+pub const BREAK_RANGES_MAX: usize = 32;
 /// Longest text that explains a gap, a refusal or a defect, in bytes.
 pub const REASON_BYTES_MAX: usize = 1024;

@@ -10,7 +10,9 @@
 use crate::change::{Change, HealId, SourceTime, StreamHash};
 use crate::cut::{Cut, CutKind, CutPlanner, PointClock, PointTime};
 use crate::geometry::{ByteRange, DiskGeometry, LEAF_BYTES};
+use crate::offers::GranuleOffers;
 use crate::position::{ChainId, DiskId, Generation, InstanceId, MachineId, SequenceNumber};
+use crate::reach::{Ranges, Reach};
 use crate::wire::{
     HealContent, HealNeed, Hello, Message, OfferHashes, OfferedLeaf, PROTOCOL_VERSION, RefusalCode, Welcome,
 };
@@ -26,8 +28,10 @@ pub struct Remembered {
     pub stream: Option<(SequenceNumber, StreamHash)>,
     /// Newest position in the vault (or durable on the home disk).
     pub committed: SequenceNumber,
-    /// A gap is open, or the disks were never complete.
+    /// A gap of the whole machine is open, or the disks were never complete.
     pub incomplete: bool,
+    /// The ranges of all other open gaps.
+    pub lacking: Ranges,
     /// Boot id and VM generation id of the last session, if there was one.
     pub last_boot: Option<([u8; 16], [u8; 16])>,
     /// The agent run whose link is alive right now.
@@ -113,6 +117,9 @@ pub fn greet(hello: &Hello, known: &Remembered) -> Greeting {
         Some(_) if known.incomplete && hello.need == HealNeed::Nothing => {
             renew(HealNeed::Maps, "the process server lacks part of the stream")
         }
+        Some(_) if hello.need == HealNeed::Nothing && !hello.lacking.covers(&known.lacking) => {
+            renew(HealNeed::Whole, "the process server lacks ranges that the agent does not know of")
+        }
         Some(_) => Greeting::Continue { need: hello.need },
     }
 }
@@ -161,7 +168,7 @@ pub enum Event {
     /// Everything up to here is in the vault.
     Committed(SequenceNumber),
     Window(u64),
-    /// Verdict on an offer.
+    /// Verdict on an offer: of its leaves, of its granules, or of the leaves of the granules that were wanted.
     Compared {
         heal: HealId,
         offer: u32,
@@ -194,9 +201,10 @@ pub enum Action {
     },
     /// This position can be opened once it is committed.
     Cut(Cut),
-    /// Nothing after `at` can be opened until a heal ends.
+    /// Nothing after `at` can be opened until a heal ends; of ranges: points after it lack them.
     GapOpened {
         at: SequenceNumber,
+        reach: Reach,
         time: PointTime,
         cause: String,
     },
@@ -210,6 +218,7 @@ pub enum Action {
         heal: HealId,
         p0: SequenceNumber,
         whole: bool,
+        reach: Reach,
         hashes: OfferHashes,
         planned_bytes: u64,
     },
@@ -221,13 +230,30 @@ pub enum Action {
         start: u64,
         leaves: Vec<OfferedLeaf>,
     },
+    /// Compare and answer with [`Event::Compared`], one entry a granule; keep what was read of those that are wanted.
+    CompareGranules {
+        heal: HealId,
+        offer: u32,
+        disk: DiskId,
+        start: u64,
+        /// How many leaves the granules have together.
+        leaves: u64,
+        granules: Vec<OfferedLeaf>,
+    },
+    /// Compare with what was kept of this offer and answer with [`Event::Compared`], one entry a leaf.
+    CompareLeaves {
+        heal: HealId,
+        offer: u32,
+        leaves: Vec<OfferedLeaf>,
+    },
     HealData {
         heal: HealId,
         disk: DiskId,
         range: ByteRange,
         content: HealContent,
     },
-    /// All of the heal's data was handed on; commit it, then this cut, which closes the gap.
+    /// All of the heal's data was handed on; commit it, then this cut, which closes the gap. The end of a heal of ranges
+    /// is no cut of its own.
     HealEnd {
         heal: HealId,
         cut: Cut,
@@ -246,6 +272,7 @@ pub enum Action {
 struct Healing {
     heal: HealId,
     p0: SequenceNumber,
+    of_machine: bool,
 }
 
 /// The receiving half of a replication session. See the module's documentation.
@@ -265,7 +292,10 @@ pub struct Receiver {
     /// The newest heal start seen in the stream.
     heal_started: Option<Healing>,
     healing: Option<Healing>,
-    ended: Option<(HealId, SequenceNumber)>,
+    /// Whether the running heal's hashes are keyed.
+    keyed: bool,
+    granules: GranuleOffers,
+    ended: Option<(Healing, SequenceNumber)>,
 }
 
 impl Receiver {
@@ -297,6 +327,8 @@ impl Receiver {
             in_gap: start.in_gap,
             heal_started: None,
             healing: None,
+            keyed: false,
+            granules: GranuleOffers::default(),
             ended: None,
         };
         (receiver, welcome)
@@ -347,6 +379,7 @@ impl Receiver {
             }
             Event::Compared { heal, offer, wanted } => {
                 if self.is_current(heal) {
+                    self.granules.judged(offer, &wanted);
                     let wanted = crate::wire::wanted_bitmap(&wanted);
                     out.push(Action::Send(Message::Wants { heal, offer, wanted }));
                 }
@@ -358,7 +391,7 @@ impl Receiver {
             }
             Event::HealCommitted { heal } => {
                 if let Some((ended, end)) = self.ended
-                    && ended == heal
+                    && ended.heal == heal
                 {
                     self.ended = None;
                     self.committed = self.committed.max(end);
@@ -366,10 +399,11 @@ impl Receiver {
                 }
             }
             Event::HealFailed { heal, reason } => {
-                if self.is_current(heal) || self.ended.is_some_and(|(ended, _)| ended == heal) {
+                let known = self.healing.or(self.ended.map(|(ended, _)| ended));
+                if let Some(failed) = known.filter(|known| known.heal == heal) {
                     self.healing = None;
                     self.ended = None;
-                    self.in_gap = true;
+                    self.in_gap |= failed.of_machine;
                     out.push(Action::Send(Message::HealRestart { heal, reason }));
                 }
             }
@@ -393,19 +427,29 @@ impl Receiver {
         match message {
             Message::Changes(changes) => self.changes(changes, out),
             Message::Proof { captured, time, now } => self.proof(captured, time, now, wall, out),
-            Message::Break { at, cause } => {
+            Message::Break { at, reach: Reach::Machine, cause } => {
                 self.break_stream(at, cause, out);
                 Ok(())
             }
-            Message::HealBegin { heal, p0, whole, hashes, planned_bytes } => {
+            Message::Break { at, reach, cause } => {
+                out.push(Action::GapOpened { at: at.min(self.received), reach, time: self.clock.last(), cause });
+                Ok(())
+            }
+            Message::Pong => Ok(()),
+            Message::HealBegin { heal, p0, whole, reach, hashes, planned_bytes } => {
                 let started = self.heal_started.is_some_and(|started| started.heal == heal && started.p0 == p0);
                 if !started {
                     return Err(format!("heal {} begins at {p0}, where the stream has no heal start", heal.0));
                 }
-                // The sender has broken the stream before; if not, no cut may include p0.
-                self.break_stream(SequenceNumber(p0.0 - 1), "a heal began".into(), out);
-                self.healing = Some(Healing { heal, p0 });
-                out.push(Action::HealBegin { heal, p0, whole, hashes, planned_bytes });
+                let of_machine = reach == Reach::Machine;
+                if of_machine {
+                    // The sender has broken the stream before; if not, no cut may include p0.
+                    self.break_stream(SequenceNumber(p0.0 - 1), "a heal began".into(), out);
+                }
+                self.healing = Some(Healing { heal, p0, of_machine });
+                self.keyed = matches!(hashes, OfferHashes::Keyed(_));
+                self.granules.clear();
+                out.push(Action::HealBegin { heal, p0, whole, reach, hashes, planned_bytes });
                 Ok(())
             }
             Message::Offer { heal, offer, disk, start, leaves } if self.is_current(heal) => {
@@ -416,6 +460,20 @@ impl Receiver {
                     return Err(format!("an offer reaches beyond {disk}"));
                 }
                 out.push(Action::Compare { heal, offer, disk, start, leaves });
+                Ok(())
+            }
+            Message::OfferGranules { heal, offer, disk, start, leaves, granules } if self.is_current(heal) => {
+                let leaves = u64::from(leaves);
+                if !self.keyed || start + leaves * LEAF_BYTES > self.disk_size(disk)?.next_multiple_of(LEAF_BYTES) {
+                    return Err(format!("an offer of granules without a key, or beyond {disk}"));
+                }
+                self.granules.offered(offer, start, leaves, granules.len())?;
+                out.push(Action::CompareGranules { heal, offer, disk, start, leaves, granules });
+                Ok(())
+            }
+            Message::OfferLeaves { heal, offer, leaves } if self.is_current(heal) => {
+                self.granules.leaves(offer, leaves.len())?;
+                out.push(Action::CompareLeaves { heal, offer, leaves });
                 Ok(())
             }
             Message::HealData { heal, disk, range, content } if self.is_current(heal) => {
@@ -429,14 +487,12 @@ impl Receiver {
                 if end != self.received {
                     return Err(format!("heal ends at {end}, the stream is at {}", self.received));
                 }
-                let cut = self.planner.close(CutKind::HealEnd).unwrap_or(Cut {
-                    sequence: end,
-                    time: self.clock.last(),
-                    kind: CutKind::HealEnd,
-                });
-                self.healing = None;
-                self.in_gap = false;
-                self.ended = Some((heal, end));
+                let Some(healing) = self.healing.take() else { return Ok(()) };
+                // Where only ranges were lacking, cuts are made as always; this one only says where their gap ends.
+                let closed = if healing.of_machine { self.planner.close(CutKind::HealEnd) } else { None };
+                let cut = closed.unwrap_or(Cut { sequence: end, time: self.clock.last(), kind: CutKind::HealEnd });
+                self.in_gap &= !healing.of_machine;
+                self.ended = Some((healing, end));
                 out.push(Action::HealEnd { heal, cut });
                 Ok(())
             }
@@ -446,9 +502,12 @@ impl Receiver {
                 Ok(())
             }
             // Of a heal that this side has already given up.
-            Message::Offer { .. } | Message::HealData { .. } | Message::HealEnd { .. } | Message::HealAbort { .. } => {
-                Ok(())
-            }
+            Message::Offer { .. }
+            | Message::OfferGranules { .. }
+            | Message::OfferLeaves { .. }
+            | Message::HealData { .. }
+            | Message::HealEnd { .. }
+            | Message::HealAbort { .. } => Ok(()),
             Message::Bye { reason } => Err(format!("the sender said good-bye: {reason}")),
             other => Err(format!("unexpected message {:?}", std::mem::discriminant(&other))),
         }
@@ -471,7 +530,7 @@ impl Receiver {
             cuts.extend(self.planner.change(change));
             match &change.kind {
                 crate::ChangeKind::HealStart { heal } => {
-                    self.heal_started = Some(Healing { heal: *heal, p0: change.sequence });
+                    self.heal_started = Some(Healing { heal: *heal, p0: change.sequence, of_machine: true });
                 }
                 crate::ChangeKind::Geometry(geometry) => self.resize(geometry),
                 _ => {}
@@ -543,6 +602,7 @@ impl Receiver {
         {
             out.push(Action::Cut(cut));
         }
-        out.push(Action::GapOpened { at: at.min(self.received), time: self.clock.last(), cause });
+        let at = at.min(self.received);
+        out.push(Action::GapOpened { at, reach: Reach::Machine, time: self.clock.last(), cause });
     }
 }

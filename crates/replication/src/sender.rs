@@ -10,22 +10,33 @@
 //!                   └────────── link lost, stream broke again ─┴───────┘
 //! ```
 //!
+//! While the stream is whole, ranges of it may be lacking (`lacking`): they are healed in the same way, but nothing older is
+//! dropped, and the heal covers exactly these ranges, since points of everything else are offered meanwhile.
+//!
 //! Invariants: sequence numbers are assigned in ring order and never reused; a change leaves `unreleased` only when the
 //! receiver has journaled it; a map epoch is cleared only when everything it names is committed; what a heal covers is
 //! forgotten only when that heal, and no later one, is committed.
 
+mod breaks;
 mod events;
+mod healing;
+mod lacking;
+mod resumption;
 
 use std::collections::VecDeque;
 
 use crate::change::{Change, ChangeKind, HealId, SourceTime, StreamHash};
-use crate::geometry::{ByteRange, DiskGeometry};
+use crate::geometry::DiskGeometry;
 use crate::heal::{HealRun, HealStep};
 use crate::limits;
 use crate::position::{ChainId, DiskId, Epoch, Generation, SequenceNumber};
+use crate::reach::{Ranges, Reach};
 use crate::wire::{HealNeed, Hello, Message, PROTOCOL_VERSION, Resume, Welcome};
 
-pub use events::{Action, CaptureReport, Event, HealProgress, Request, SenderConfig, StreamState};
+pub use events::{
+    Action, CaptureReport, Event, HealProgress, KeptStream, Request, Resumption, SenderConfig, StreamState,
+};
+use lacking::Lacking;
 
 #[derive(Debug)]
 enum Link {
@@ -73,6 +84,19 @@ pub struct Sender {
     /// Only whole-disk comparison will do.
     whole_needed: bool,
     heal: Heal,
+    /// What the heal that has a `p0` covers, and its `p0`.
+    reach: Reach,
+    p0: SequenceNumber,
+    /// Ranges that are lacking although the stream is whole.
+    lacking: Lacking,
+    /// The ring position that must have been consumed before these ranges can be healed.
+    lacking_until: u64,
+    /// The newest change when the capture was last looked at.
+    reported: SequenceNumber,
+    /// The maps name changes of an earlier run up to here, and only those.
+    inherited: Option<SequenceNumber>,
+    /// Nothing more is sent: the machine is about to move to another receiver.
+    held: bool,
     /// The receiver holds nothing of our disks: zeroes need not be mentioned.
     base_empty: bool,
     /// Requests of older epochs are covered by the heal and dropped: their order against dropped ones is lost.
@@ -100,6 +124,11 @@ pub struct Sender {
     heal_attempts: u32,
     now: SourceTime,
     progress: HealProgress,
+    /// Newest number that a sender which begins with the ring alone could not give again: a heal's start is not in
+    /// the ring.
+    steady_from: SequenceNumber,
+    /// The newest end of a request that is journaled: ring position, number, hash.
+    journaled_end: Option<(u64, SequenceNumber, StreamHash)>,
 }
 
 /// Bytes that a change without data counts against the receiver's window.
@@ -128,6 +157,13 @@ impl Sender {
             stream,
             whole_needed: need == HealNeed::Whole,
             heal: if need == HealNeed::Nothing { Heal::Idle } else { Heal::Wanted },
+            reach: Reach::Machine,
+            p0: SequenceNumber(0),
+            lacking: Lacking::default(),
+            lacking_until: 0,
+            reported: SequenceNumber(0),
+            inherited: None,
+            held: false,
             base_empty: false,
             // Until a heal has rotated the maps, nothing that the ring holds belongs to a stream.
             drop_older_than: Epoch(if need == HealNeed::Nothing { 0 } else { u32::MAX }),
@@ -152,7 +188,70 @@ impl Sender {
             heal_attempts: 0,
             now: SourceTime(0),
             progress: HealProgress::default(),
+            steady_from: SequenceNumber(0),
+            journaled_end: None,
         }
+    }
+
+    /// A sender that goes on with what an earlier run left, whose maps name nothing but changes that this run's maps
+    /// still hold. `joining` is what it finds lacking, and why: new disks, areas grown into, disks in doubt. Their
+    /// descriptions come first in the ring.
+    pub fn resume(
+        config: SenderConfig,
+        gap_count: u64,
+        cleared: Option<(ChainId, SequenceNumber)>,
+        kept: KeptStream,
+        joining: Vec<(Ranges, String)>,
+    ) -> Sender {
+        let mut sender = Sender::new(config, HealNeed::Nothing, gap_count, cleared);
+        sender.chain = Some(kept.chain);
+        sender.generation = kept.generation;
+        (sender.assigned, sender.released, sender.released_hash) = (kept.released, kept.released, kept.hash);
+        (sender.reported, sender.inherited) = (kept.released, Some(kept.released));
+        sender.heals_started = kept.heals_started;
+        let kept = (kept.lacking, "a heal was not finished".to_owned());
+        for (ranges, cause) in std::iter::once(kept).chain(joining) {
+            if !ranges.is_empty() {
+                sender.lack(sender.released, ranges, &cause);
+            }
+        }
+        sender
+    }
+
+    /// What a later run could go on with: the stream is whole and everything assigned is journaled. The owner has to know
+    /// that nothing is left in the ring.
+    pub fn keep(&self) -> Option<KeptStream> {
+        let chain = self.chain.filter(|_| self.is_whole() && self.unreleased.is_empty())?;
+        Some(KeptStream {
+            chain,
+            generation: self.generation,
+            released: self.released,
+            hash: self.released_hash,
+            heals_started: self.heals_started,
+            lacking: self.lacking.ranges(),
+        })
+    }
+
+    /// Sends nothing more (`true`), so that everything sent comes to be committed and the machine can go on at another
+    /// receiver, or goes on.
+    pub fn hold(&mut self, held: bool) {
+        self.held = held;
+    }
+
+    /// Whether the vault holds everything that the receiver has, and the rest is here: another receiver can go on without
+    /// a gap.
+    pub fn is_drained(&self) -> bool {
+        self.is_whole() && self.held && self.sent == 0 && self.committed >= self.released
+    }
+
+    /// Whether the receiver has everything, or will have once it was sent, but for [`Sender::lacking`].
+    pub fn is_whole(&self) -> bool {
+        matches!(self.stream, StreamState::Whole) && !self.lacks_machine()
+    }
+
+    /// Ranges that are lacking although the stream is whole.
+    pub fn lacking(&self) -> Ranges {
+        self.lacking.ranges()
     }
 
     /// Whether a heal is needed, under way, or not yet committed.
@@ -201,6 +300,7 @@ impl Sender {
             Event::LinkDown => self.link_down(),
             Event::Received(message) => self.received(message, &mut out),
             Event::Captured(request) => self.captured(request, &mut out),
+            Event::Passed(position) => self.consumed = self.consumed.max(position),
             Event::Report(report) => self.report(report, &mut out),
             Event::Tick { now, drained } => self.tick(now, drained, &mut out),
             Event::Rotated(epoch) => self.rotated(epoch, &mut out),
@@ -230,17 +330,27 @@ impl Sender {
     pub fn pump(&mut self) -> Vec<Action> {
         let mut out = Vec::new();
         let Link::Up { window_bytes } = self.link else { return out };
+        if self.held {
+            return out;
+        }
         // A break is told in its place: after the last change before it, before any other.
-        self.send_changes(window_bytes, self.changes_before_break(), &mut out);
-        if self.sent >= self.changes_before_break() {
-            self.announce_break(&mut out);
-            self.send_changes(window_bytes, self.unreleased.len(), &mut out);
+        loop {
+            let end = self.changes_before_break();
+            self.send_changes(window_bytes, end, &mut out);
+            if self.sent < end || !self.announce_break(&mut out) {
+                break;
+            }
         }
         if self.sent < self.unreleased.len() {
             return out;
         }
+        let may_heal = match &self.stream {
+            StreamState::Broken { .. } => true,
+            StreamState::Whole => !self.lacking.is_empty() && self.consumed >= self.lacking_until,
+            StreamState::Draining { .. } => false,
+        };
         if let Heal::Wanted = self.heal
-            && matches!(self.stream, StreamState::Broken { .. })
+            && may_heal
             && self.now >= self.heal_not_before
         {
             self.heal = Heal::Rotating;
@@ -250,8 +360,8 @@ impl Sender {
             let mut finished = false;
             // Only now: the heal's start must have gone out with the changes before it.
             if let Some((heal, p0, planned_bytes)) = run.begin() {
-                let (whole, hashes) = (self.whole_needed, self.config.hashes.clone());
-                out.push(Action::Send(Message::HealBegin { heal, p0, whole, hashes, planned_bytes }));
+                let (whole, reach, hashes) = (self.whole_needed, self.reach.clone(), self.config.hashes.clone());
+                out.push(Action::Send(Message::HealBegin { heal, p0, whole, reach, hashes, planned_bytes }));
             }
             for step in run.pump() {
                 match step {
@@ -276,11 +386,12 @@ impl Sender {
             generation: self.generation,
             released: self.released,
             sent: self.assigned,
+            hash: self.released_hash,
         });
-        let need = match (&self.stream, self.whole_needed) {
-            (_, true) => HealNeed::Whole,
-            (StreamState::Whole | StreamState::Draining { .. }, false) if !self.is_healing() => HealNeed::Nothing,
-            _ => HealNeed::Maps,
+        let need = match self.whole_needed {
+            true => HealNeed::Whole,
+            false if self.lacks_machine() => HealNeed::Maps,
+            false => HealNeed::Nothing,
         };
         Hello {
             version: PROTOCOL_VERSION,
@@ -294,6 +405,8 @@ impl Sender {
             need,
             cleared: self.cleared,
             now: self.now,
+            started: self.config.started,
+            lacking: self.lacking.ranges(),
         }
     }
 
@@ -302,25 +415,8 @@ impl Sender {
         self.sent = 0;
         self.sent_bytes = 0;
         self.break_announced = false;
+        self.lacking.link_down();
         self.want_heal_again(false);
-    }
-
-    /// An unfinished heal starts over; a break's pause grows, a lost link costs none.
-    fn want_heal_again(&mut self, pause: bool) {
-        if matches!(self.heal, Heal::Idle) {
-            return;
-        }
-        self.heal = Heal::Wanted;
-        if pause {
-            self.heal_attempts = (self.heal_attempts + 1).min(16);
-            let wait = (HEAL_PAUSE_NS << self.heal_attempts.min(8)).min(HEAL_PAUSE_NS_MAX);
-            self.heal_not_before = SourceTime(self.now.0.saturating_add(wait));
-        }
-        // The link may be gone before the rotation's older requests were ever consumed: the stream they belong to
-        // is judged again at the next handshake.
-        if matches!(self.stream, StreamState::Whole) {
-            self.stream = StreamState::Broken { at: self.assigned, cause: "the heal was interrupted".into() };
-        }
     }
 
     fn received(&mut self, message: Message, out: &mut Vec<Action>) {
@@ -338,7 +434,9 @@ impl Sender {
                 self.release(journaled, out);
                 self.committed = self.committed.max(committed);
                 self.clear_closed_epoch(out);
+                self.clear_inherited(out);
             }
+            (Message::Ping, _) => out.push(Action::Send(Message::Pong)),
             (Message::Wants { heal, offer, wanted }, Link::Up { .. }) => {
                 if let Heal::Running(run) = &mut self.heal
                     && run.heal() == heal
@@ -356,7 +454,9 @@ impl Sender {
             }
             (Message::HealCommitted { heal }, Link::Up { .. }) => self.heal_committed(heal, out),
             (Message::HealRestart { reason, .. }, Link::Up { .. }) => {
-                self.break_stream(reason);
+                if self.lacks_machine() {
+                    self.break_stream(reason);
+                }
                 self.want_heal_again(true);
             }
             (other, _) => {
@@ -386,7 +486,7 @@ impl Sender {
             self.assigned = welcome.resume_after;
         }
         self.whole_needed |= welcome.need == HealNeed::Whole;
-        if welcome.need != HealNeed::Nothing && matches!(self.heal, Heal::Idle) {
+        if welcome.need != HealNeed::Nothing && !self.lacks_machine() {
             self.break_stream("the receiver lacks part of the disks".into());
             self.heal = Heal::Wanted;
         }
@@ -414,28 +514,6 @@ impl Sender {
         hash == Some(welcome.hash)
     }
 
-    /// Forgets what was not journaled: the maps name it.
-    fn lose_stream(&mut self, cause: &str, out: &mut Vec<Action>) {
-        self.unreleased.clear();
-        self.sent = 0;
-        self.sent_bytes = 0;
-        self.chain = None;
-        self.closing = ClosingEpoch::None;
-        self.break_stream(cause.into());
-        // What the ring still holds belongs to the lost stream too; the coming rotation's epoch is the new start.
-        self.drop_older_than = Epoch(u32::MAX);
-        if matches!(self.heal, Heal::Idle) {
-            self.heal = Heal::Wanted;
-        }
-        out.push(Action::Release(self.consumed));
-    }
-
-    fn break_stream(&mut self, cause: String) {
-        if !matches!(self.stream, StreamState::Broken { .. }) {
-            self.stream = StreamState::Broken { at: self.assigned, cause };
-        }
-    }
-
     fn captured(&mut self, request: Request, out: &mut Vec<Action>) {
         debug_assert!(request.ring_end > self.consumed || self.consumed == 0, "requests come in ring order");
         self.consumed = request.ring_end;
@@ -457,6 +535,9 @@ impl Sender {
 
     fn append(&mut self, kind: ChangeKind, disk: DiskId, time: SourceTime, continues: bool, ring_end: Option<u64>) {
         self.assigned = self.assigned.next();
+        if matches!(kind, ChangeKind::HealStart { .. }) {
+            self.steady_from = self.assigned;
+        }
         let change = Change { sequence: self.assigned, time, disk, continues, kind };
         let before = self.unreleased.back().map_or(self.released_hash, |entry| entry.hash);
         let hash = change.extend_hash(before);
@@ -468,9 +549,12 @@ impl Sender {
         while let Some(entry) = self.unreleased.front()
             && entry.change.sequence <= through
         {
-            ring_end = entry.ring_end.or(ring_end);
             self.released = entry.change.sequence;
             self.released_hash = entry.hash;
+            if let Some(end) = entry.ring_end {
+                ring_end = Some(end);
+                self.journaled_end = Some((end, self.released, self.released_hash));
+            }
             if self.sent > 0 {
                 self.sent -= 1;
                 self.sent_bytes -= window_cost(&entry.change);
@@ -480,18 +564,9 @@ impl Sender {
         if self.unreleased.is_empty() {
             // Includes requests that were dropped because a heal covers them.
             ring_end = Some(self.consumed);
+            self.journaled_end = Some((self.consumed, self.released, self.released_hash));
         }
         out.extend(ring_end.map(Action::Release));
-    }
-
-    /// How many unreleased changes come before a break that the receiver has not been told of.
-    fn changes_before_break(&self) -> usize {
-        match &self.stream {
-            StreamState::Broken { at, .. } if !self.break_announced => {
-                self.unreleased.partition_point(|entry| entry.change.sequence <= *at)
-            }
-            _ => self.unreleased.len(),
-        }
     }
 
     fn send_changes(&mut self, window_bytes: u64, end: usize, out: &mut Vec<Action>) {
@@ -511,68 +586,6 @@ impl Sender {
             }
             out.push(Action::Send(Message::Changes(batch)));
         }
-    }
-
-    fn announce_break(&mut self, out: &mut Vec<Action>) {
-        if let StreamState::Broken { at, cause } = &self.stream
-            && !self.break_announced
-        {
-            self.break_announced = true;
-            let at = (*at).max(self.released);
-            out.push(Action::Send(Message::Break { at, cause: cause.clone() }));
-        }
-    }
-
-    fn report(&mut self, report: CaptureReport, out: &mut Vec<Action>) {
-        let broke = report.gap_count != self.gap_count || report.unstreamed;
-        let cause = if report.gap_count != self.gap_count { report.gap_cause } else { "a write failed".to_owned() };
-        self.gap_count = report.gap_count;
-        if broke && matches!(self.stream, StreamState::Whole) {
-            self.stream = StreamState::Draining { until: report.producer, cause: cause.clone() };
-        }
-        if broke && !matches!(self.heal, Heal::Idle | Heal::Wanted | Heal::Rotating) {
-            self.abort_heal(cause, report.producer, out);
-        }
-        if broke && matches!(self.heal, Heal::Idle) {
-            self.heal = Heal::Wanted;
-        }
-        if let StreamState::Draining { until, cause } = &self.stream
-            && self.consumed >= *until
-        {
-            self.stream = StreamState::Broken { at: self.assigned, cause: cause.clone() };
-            self.break_announced = false;
-        }
-        self.epoch_consumed(out);
-        if let Heal::Ending { heal, target } = self.heal
-            && self.consumed >= target
-            && matches!(self.link, Link::Up { .. })
-            && self.sent == self.unreleased.len()
-        {
-            // The gap count was read after everything up to the sampled position had been consumed.
-            out.push(Action::Send(Message::HealEnd { heal, end: self.assigned }));
-            self.heal = Heal::Ended { heal, end: self.assigned };
-            self.stream = StreamState::Whole;
-        }
-    }
-
-    fn abort_heal(&mut self, cause: String, producer: u64, out: &mut Vec<Action>) {
-        let heal = match &self.heal {
-            Heal::Running(run) => Some(run.heal()),
-            Heal::Sampling(heal) | Heal::Ending { heal, .. } => Some(*heal),
-            Heal::Collecting { .. } | Heal::Settling { .. } | Heal::Ended { .. } => None,
-            Heal::Idle | Heal::Wanted | Heal::Rotating => return,
-        };
-        if let Some(heal) = heal {
-            out.push(Action::Send(Message::HealAbort { heal, cause: cause.clone() }));
-        }
-        // Only a heal that had ended made the stream whole again. Otherwise the first break stands: the receiver may not
-        // have heard of it yet, and must hear of that one.
-        if matches!(self.stream, StreamState::Whole) {
-            self.stream = StreamState::Draining { until: producer, cause };
-            self.break_announced = false;
-        }
-        self.heal = Heal::Wanted;
-        self.want_heal_again(true);
     }
 
     fn tick(&mut self, now: SourceTime, drained: bool, out: &mut Vec<Action>) {
@@ -598,92 +611,6 @@ impl Sender {
         }
         if matches!(self.heal, Heal::Rotating) {
             out.push(Action::Rotate { for_heal: true });
-        }
-    }
-
-    fn rotated(&mut self, epoch: Option<Epoch>, out: &mut Vec<Action>) {
-        let Some(epoch) = epoch else { return };
-        if let Heal::Rotating = self.heal {
-            // p0 is assigned here, before any request of the new epoch was consumed: all of them lie above it.
-            self.heals_started += 1;
-            let heal = HealId(self.heals_started);
-            self.append(ChangeKind::HealStart { heal }, DiskId(0), self.now, false, None);
-            let p0 = self.assigned;
-            self.drop_older_than = epoch;
-            self.closing = ClosingEpoch::None;
-            self.heal = Heal::Settling { heal, p0, epoch };
-            if self.whole_needed {
-                out.push(Action::RequireWhole);
-            }
-            out.push(Action::AwaitSettled(epoch));
-        } else if matches!(self.closing, ClosingEpoch::None) {
-            let closed = Epoch(epoch.0 - 1);
-            self.closing = ClosingEpoch::Settling { epoch: closed };
-            out.push(Action::AwaitSettled(epoch));
-        }
-    }
-
-    fn settled(&mut self, epoch: Epoch, producer: u64, out: &mut Vec<Action>) {
-        match self.heal {
-            Heal::Settling { heal, p0, epoch: waiting } if waiting == epoch => {
-                self.heal = Heal::Collecting { heal, p0 };
-                out.push(Action::CollectHealSet(epoch));
-            }
-            _ => {
-                if let ClosingEpoch::Settling { epoch: closed } = self.closing
-                    && closed.next() == epoch
-                {
-                    self.closing = ClosingEpoch::Consuming { epoch: closed, until: producer };
-                    self.epoch_consumed(out);
-                }
-            }
-        }
-    }
-
-    fn epoch_consumed(&mut self, out: &mut Vec<Action>) {
-        if let ClosingEpoch::Consuming { epoch, until } = self.closing
-            && self.consumed >= until
-        {
-            self.closing = ClosingEpoch::Committing { epoch, through: self.assigned };
-            self.clear_closed_epoch(out);
-        }
-    }
-
-    fn clear_closed_epoch(&mut self, out: &mut Vec<Action>) {
-        if let (ClosingEpoch::Committing { epoch, through }, Some(chain)) = (&self.closing, self.chain)
-            && self.committed >= *through
-            && matches!(self.stream, StreamState::Whole)
-        {
-            let committed = self.committed;
-            self.cleared = Some((chain, committed));
-            out.push(Action::ClearEpoch { epoch: *epoch, chain, committed });
-            self.closing = ClosingEpoch::None;
-        }
-    }
-
-    fn heal_set(&mut self, set: Vec<(DiskId, Vec<ByteRange>)>) {
-        let Heal::Collecting { heal, p0 } = self.heal else { return };
-        if !matches!(self.link, Link::Up { .. }) {
-            return;
-        }
-        let run = HealRun::new(heal, p0, set, self.base_empty, self.config.heal_chunk_bytes);
-        self.progress = run.progress();
-        self.heal = Heal::Running(Box::new(run));
-        // From now on the receiver holds something, even if this heal does not end.
-        self.base_empty = false;
-    }
-
-    fn heal_committed(&mut self, heal: HealId, out: &mut Vec<Action>) {
-        if let Heal::Ended { heal: ended, end } = self.heal
-            && ended == heal
-            && let Some(chain) = self.chain
-        {
-            self.committed = self.committed.max(end);
-            self.heal = Heal::Idle;
-            self.heal_attempts = 0;
-            self.whole_needed = false;
-            self.cleared = Some((chain, self.committed));
-            out.push(Action::ClearHealSet { chain, committed: self.committed });
         }
     }
 }

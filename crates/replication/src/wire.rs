@@ -10,6 +10,7 @@
 //!   Changes, Proof, Break ───────────────►
 //!         ◄─────────────────────────────── Ack
 //!   HealBegin, Offer, HealData, HealEnd ─►
+//!   OfferGranules, OfferLeaves ──────────►  (home)
 //!         ◄─────────────────────────────── Wants, HealCredit, HealCommitted
 //! ```
 

@@ -29,7 +29,7 @@ use replication::maps::{DirtyMap, MAPS_BYTES_MAX, MapScale};
 use replication::{ByteRange, DiskGeometry, DiskId, Epoch, MachineId};
 
 use super::mapfile::{MapArea, MapStore, WORDS_BYTES};
-use super::{Continuity, LostReason};
+use super::{Continuity, LostReason, Unbroken};
 
 const MAGIC: &[u8; 8] = b"FARSMAPS";
 const VERSION: u32 = 1;
@@ -110,6 +110,8 @@ pub(crate) struct Adopted {
     pub(crate) continuity: Continuity,
     /// Disks that are new, grown, or not the ones they were; their geometry belongs into the stream.
     pub(crate) changed: Vec<DiskId>,
+    /// What an orderly end left, on this boot.
+    pub(crate) unbroken: Option<Unbroken>,
     pub(crate) image: Vec<u8>,
 }
 
@@ -178,6 +180,17 @@ impl Head {
 
 fn checksum(bytes: &[u8]) -> [u8; 16] {
     *blake3::hash(bytes).as_bytes().first_chunk().expect("a hash has 32 bytes")
+}
+
+/// `image` with the checksum of its head made right, so that a fuzzer gets past it.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn reseal(mut image: Vec<u8>) -> Vec<u8> {
+    let (length, body) = (WORDS_BYTES + 12, WORDS_BYTES + PREFIX_BYTES);
+    let len = image.get(length..).and_then(<[u8]>::first_chunk).map_or(0, |len| u32::from_le_bytes(*len) as usize);
+    if let Some(sum) = image.get(body..).and_then(|rest| rest.get(..len)).map(checksum) {
+        image[length + 4..body].copy_from_slice(&sum);
+    }
+    image
 }
 
 /// Where each map lies in an image.
@@ -278,7 +291,8 @@ pub(crate) fn adopt(old: Option<Result<Vec<u8>, io::Error>>, now: &Attach<'_>) -
 fn start_over(continuity: Continuity, now: &Attach<'_>) -> Adopted {
     let mut image = NewImage::new(now, Epoch(1));
     (0..now.disks.len()).for_each(|disk| image.set_whole(disk));
-    Adopted { continuity, changed: now.disks.iter().map(|disk| disk.disk).collect(), image: image.bytes }
+    let changed = now.disks.iter().map(|disk| disk.disk).collect();
+    Adopted { continuity, changed, unbroken: None, image: image.bytes }
 }
 
 fn carry_over(old: &Old, now: &Attach<'_>) -> Adopted {
@@ -286,10 +300,15 @@ fn carry_over(old: &Old, now: &Attach<'_>) -> Adopted {
     let mut image = NewImage::new(now, epoch);
     let mut continuity = Continuity::SameBoot;
     let mut changed = Vec::new();
+    let mut lacking = Vec::new();
+    let mut lack = |disk: DiskId, start, end, cause: String| {
+        lacking.extend(ByteRange::between(start, end).map(|range| (disk, range, cause)));
+    };
     for (index, disk) in now.disks.iter().enumerate() {
         let Some(before) = old.head.disks.iter().position(|known| known.disk == disk.disk) else {
             image.set_whole(index);
             changed.push(disk.disk);
+            lack(disk.disk, 0, disk.size_bytes, "the disk was added".to_owned());
             continue;
         };
         let known = &old.head.disks[before];
@@ -313,8 +332,12 @@ fn carry_over(old: &Old, now: &Attach<'_>) -> Adopted {
             changed.push(disk.disk);
         }
         match doubt {
-            Some(reason) => continuity = Continuity::Lost(reason),
+            Some(reason) => {
+                lack(disk.disk, 0, disk.size_bytes, reason.to_string());
+                continuity = Continuity::Lost(reason);
+            }
             None => {
+                lack(disk.disk, known.size_bytes, disk.size_bytes, "the disk has grown".to_owned());
                 old.dirty(before).into_iter().for_each(|range| image.mark(index, range));
                 if let Some(grown) = ByteRange::between(known.size_bytes, disk.size_bytes) {
                     image.mark(index, grown);
@@ -322,7 +345,10 @@ fn carry_over(old: &Old, now: &Attach<'_>) -> Adopted {
             }
         }
     }
-    Adopted { continuity, changed, image: image.bytes }
+    let orderly = old.word(CLEAN) == CLEAN_MARK && old.head.boot == now.boot;
+    let ended_in = Epoch((old.word(WORD) >> EPOCH_SHIFT) as u32);
+    let unbroken = orderly.then_some(Unbroken { ended_in, lacking });
+    Adopted { continuity, changed, unbroken, image: image.bytes }
 }
 
 /// An image under construction, in which nobody else marks yet.
@@ -371,6 +397,8 @@ pub(crate) struct RecoverySet {
     layout: Layout,
     /// Whether a slot holds any *unstreamed* mark. Not kept in the image: a start folds everything anyway.
     any_unstreamed: [AtomicBool; 2],
+    /// Unstreamed marks so far.
+    unstreamed: AtomicU64,
 }
 
 impl RecoverySet {
@@ -380,7 +408,7 @@ impl RecoverySet {
             Head::of_image(image).map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
         let layout = head.layout(head_bytes);
         let area = store.install(image)?;
-        Ok(RecoverySet { area, layout, any_unstreamed: Default::default() })
+        Ok(RecoverySet { area, layout, any_unstreamed: Default::default(), unstreamed: AtomicU64::new(0) })
     }
 
     /// The (epoch, mode) word; its meaning is [`super::gate`]'s.
@@ -402,6 +430,12 @@ impl RecoverySet {
     pub(crate) fn mark_unstreamed(&self, slot: Slot, disk: usize, range: ByteRange) {
         self.any_unstreamed[slot.0].store(true, Ordering::SeqCst);
         self.map(MapKind::Unstreamed(slot), disk).mark(range);
+        // Counted last: whoever sees the count sees the mark.
+        self.unstreamed.fetch_add(1, Ordering::SeqCst);
+    }
+
+    pub(crate) fn unstreamed_count(&self) -> u64 {
+        self.unstreamed.load(Ordering::SeqCst)
     }
 
     pub(crate) fn has_unstreamed(&self, slot: Slot) -> bool {

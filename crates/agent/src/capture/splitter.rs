@@ -31,7 +31,7 @@ use super::overlap::Overlaps;
 use super::recovery_set::{self, Attach, RecoverySet, Slot};
 use super::ring::{Push, Ring, cost};
 use super::splitter_capture::SplitterCapture;
-use super::{Continuity, GapCause, Mode};
+use super::{Continuity, GapCause, Mode, Unbroken};
 
 /// A disk to protect and the device that holds it.
 pub struct ProtectedDisk {
@@ -137,6 +137,7 @@ pub(crate) struct Shared {
     pub(crate) gate: Gate,
     pub(crate) clock: Arc<dyn Clock>,
     pub(crate) continuity: Continuity,
+    pub(crate) unbroken: Option<Unbroken>,
     counters: Counters,
 }
 
@@ -175,6 +176,7 @@ impl Splitter {
             gate: Gate::default(),
             clock,
             continuity: adopted.continuity,
+            unbroken: adopted.unbroken,
             counters: Counters::default(),
         });
         shared.announce(&adopted.changed);

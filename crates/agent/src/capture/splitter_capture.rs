@@ -7,12 +7,12 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use replication::{ByteRange, DiskGeometry, DiskId, Epoch, MarkerKind};
-use world::BlockError;
+use world::{BlockError, ExtentKind};
 
 use super::gate;
-use super::recovery_set::Slot;
-use super::splitter::Shared;
-use super::{Capture, CaptureStatus, Captured, Continuity, Mode, RingPosition};
+use super::recovery_set::{MapKind, Slot};
+use super::splitter::{Disk, Shared};
+use super::{Capture, CaptureStatus, Captured, Continuity, Mode, RingPosition, Unbroken};
 
 /// The capture of a [`super::Splitter`]. There is exactly one for each.
 pub struct SplitterCapture {
@@ -71,6 +71,7 @@ impl Capture for SplitterCapture {
             ring_bytes_max: self.shared.ring.bytes_max(),
             epoch: word.epoch(),
             mode: word.mode(),
+            unstreamed_count: self.shared.set.unstreamed_count(),
         }
     }
 
@@ -138,6 +139,21 @@ impl Capture for SplitterCapture {
         recent.into_iter().any(|slot| set.has_unstreamed(slot))
     }
 
+    fn unstreamed(&self, epoch: Epoch) -> Vec<(DiskId, ByteRange)> {
+        let set = &self.shared.set;
+        let recent = Slot::ALL.into_iter().filter(|slot| set.occupant(*slot).is_some_and(|it| it >= epoch));
+        let recent: Vec<Slot> = recent.filter(|slot| set.has_unstreamed(*slot)).collect();
+        let of_disk = |(index, disk): (usize, &Disk)| -> Vec<(DiskId, ByteRange)> {
+            let ranges = recent.iter().flat_map(|slot| set.map(MapKind::Unstreamed(*slot), index).ranges());
+            ranges.map(|range| (disk.geometry.disk, range)).collect()
+        };
+        self.shared.disks.iter().enumerate().flat_map(of_disk).collect()
+    }
+
+    fn unbroken(&self) -> Option<Unbroken> {
+        self.shared.unbroken.clone()
+    }
+
     fn mark(&mut self, kind: MarkerKind, name: &str) -> bool {
         self.shared.mark(kind, name)
     }
@@ -148,5 +164,10 @@ impl Capture for SplitterCapture {
 
     fn read(&self, disk: DiskId, offset: u64, buffer: &mut [u8]) -> Result<(), BlockError> {
         self.shared.disks[self.index(disk)].device.read_at(offset, buffer)
+    }
+
+    fn is_hole(&self, disk: DiskId, range: ByteRange) -> bool {
+        let extents = self.shared.disks[self.index(disk)].device.extents(range.start..range.end());
+        extents.is_ok_and(|extents| extents.iter().all(|extent| extent.kind != ExtentKind::Data))
     }
 }

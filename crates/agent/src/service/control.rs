@@ -59,6 +59,12 @@ pub enum Request {
     },
     /// Let writes go on.
     Thaw,
+    /// Go on at the server that the state directory names now. With an old server that still answers, what it has is
+    /// committed first, so that there is no gap.
+    Move {
+        /// Milliseconds to wait for that; then there is a gap, healed from the maps.
+        within_ms: u64,
+    },
     /// End in order.
     Stop,
 }
@@ -88,6 +94,11 @@ pub enum Answer {
         /// No write went on before: the marker holds what it promises.
         held: bool,
     },
+    /// To `move`: the old server is left.
+    Moved {
+        /// Everything was committed before: the stream goes on without a gap.
+        drained: bool,
+    },
     /// To `stop`.
     Stopping,
     /// It was not done.
@@ -113,6 +124,7 @@ pub fn ask(socket: &Path, request: &Request) -> Result<Answer, Problem> {
     let wait = match request {
         Request::Mark { wait_ms, .. } => Duration::from_millis(*wait_ms),
         Request::Freeze { limit_ms, .. } => Duration::from_millis(*limit_ms),
+        Request::Move { within_ms } => Duration::from_millis(*within_ms),
         _ => Duration::ZERO,
     };
     stream.set_read_timeout(Some(wait + 2 * ENGINE_LIMIT)).map_err(broken)?;
@@ -237,6 +249,21 @@ fn answer(request: Request, shared: &Shared) -> Result<Answer, Problem> {
                 "",
             )),
         },
+        Request::Move { within_ms } => {
+            if within_ms > MARK_WAIT_MS_MAX {
+                return Err(Problem::usage("the wait is too long", format!("{within_ms} ms"), "wait for ten minutes at most"));
+            }
+            let within = Duration::from_millis(within_ms);
+            let (reply, answer) = mpsc::sync_channel(1);
+            let deaf = |why: &str| Problem::failed("the agent did not move", why, "restart the agent");
+            shared
+                .commands
+                .try_send(Command::Move { within, reply })
+                .map_err(|_| deaf("the replication thread does not take commands"))?;
+            let moved = answer.recv_timeout(within + ENGINE_LIMIT);
+            let drained = moved.map_err(|_| deaf("the replication thread does not answer"))??;
+            Ok(Answer::Moved { drained })
+        }
         Request::Stop => {
             shared.request_stop("the control socket");
             Ok(Answer::Stopping)
@@ -284,9 +311,7 @@ fn freeze(shared: &Shared, limit_ms: u64, mark: Option<&str>) -> Result<Answer, 
     let over = |held: &mut super::HeldFreeze| shared.clock.monotonic() >= held.until;
     drop(shared.frozen().take_if(over));
     let until = shared.clock.monotonic().plus(limit);
-    let frozen = shared.splitter.freeze(limit).map_err(|error| {
-        Problem::caused("the disks were not frozen", &error, "try again, with a longer limit if it timed out")
-    })?;
+    let frozen = shared.source.freeze(limit)?;
     let marked = mark.is_some_and(|name| frozen.mark(MarkerKind::Application, name));
     tracing::info!(limit_ms, marked, "frozen");
     // Dropping an earlier guard changes nothing: it no longer holds, or this freeze would not have come about.

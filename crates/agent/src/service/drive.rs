@@ -12,10 +12,10 @@ use replication::sender::StreamState;
 use replication::{Generation, MarkerKind};
 use world::Monotonic;
 
-use super::Shared;
+use super::{Shared, lock};
 use super::problem::Problem;
 use super::uplink::Uplink;
-use crate::capture::{Capture, RingPosition, SplitterCapture};
+use crate::capture::{Capture, RingPosition};
 use crate::engine::{Engine, Step, Wire};
 use crate::status::{LinkStatus, ProtectionState, gap_in_words};
 
@@ -34,9 +34,15 @@ pub(crate) enum Command {
     /// Put a marker into the stream; answer when it is there or, if `durable_within` is not zero, when the process
     /// server has it durably.
     Mark { kind: MarkerKind, name: String, durable_within: Duration, reply: SyncSender<Result<(), Problem>> },
+    /// Have everything committed that was sent, then go on at the server that the state directory names; the answer says
+    /// whether nothing was left to be committed.
+    Move { within: Duration, reply: SyncSender<Result<bool, Problem>> },
     /// Send what is left, say good-bye, end.
     Finish { within: Duration },
 }
+
+/// Makes the way to the server that the state directory names now.
+pub(super) type FindServer = Box<dyn Fn() -> Result<Uplink, Problem> + Send>;
 
 /// A marker that is not durable yet.
 struct PendingMark {
@@ -48,7 +54,7 @@ struct PendingMark {
 
 /// See the module's documentation.
 pub(super) struct Drive {
-    engine: Engine<SplitterCapture>,
+    engine: Engine<Box<dyn Capture>>,
     uplink: Uplink,
     commands: Receiver<Command>,
     shared: Arc<Shared>,
@@ -57,14 +63,19 @@ pub(super) struct Drive {
     /// The session was accepted, and that was noted.
     welcomed: bool,
     finish_by: Option<Monotonic>,
+    /// A move under way: until when the old server may take, and who is told.
+    moving: Option<(Monotonic, SyncSender<Result<bool, Problem>>)>,
+    /// Makes the way to the server that the state directory names now.
+    find_server: FindServer,
     published: Monotonic,
     state_since: Monotonic,
 }
 
 impl Drive {
     pub(super) fn new(
-        engine: Engine<SplitterCapture>,
+        engine: Engine<Box<dyn Capture>>,
         uplink: Uplink,
+        find_server: FindServer,
         commands: Receiver<Command>,
         shared: Arc<Shared>,
     ) -> Drive {
@@ -78,6 +89,8 @@ impl Drive {
             idle: IDLE_MIN,
             welcomed: false,
             finish_by: None,
+            moving: None,
+            find_server,
             published: now,
             state_since: now,
         }
@@ -127,6 +140,7 @@ impl Drive {
                 self.confirm_marks();
             }
             let now = self.shared.clock.monotonic();
+            self.move_on(now);
             if now.since(self.published) >= PUBLISH_EVERY {
                 self.publish(now);
             }
@@ -149,9 +163,38 @@ impl Drive {
         while let Ok(command) = self.commands.try_recv() {
             match command {
                 Command::Finish { within } => self.finish_by = Some(self.shared.clock.monotonic().plus(within)),
+                Command::Move { within, reply } => {
+                    self.engine.hold(true);
+                    self.moving = Some((self.shared.clock.monotonic().plus(within), reply));
+                }
                 Command::Mark { kind, name, durable_within, reply } => self.mark(kind, &name, durable_within, reply),
             }
         }
+    }
+
+    /// Leaves the old server once it has committed everything, or has had its time.
+    fn move_on(&mut self, now: Monotonic) {
+        let Some((until, _)) = &self.moving else { return };
+        let drained = self.engine.sender().is_drained();
+        if !drained && self.welcomed && now < *until {
+            return;
+        }
+        let Some((_, reply)) = self.moving.take() else { return };
+        let answer = (self.find_server)().map(|uplink| {
+            if let Some(wire) = self.uplink.take_wire()
+                && self.welcomed
+                && let Err(error) = wire.farewell("the machine moves to another server", FAREWELL_LIMIT)
+            {
+                tracing::debug!(%error, "the good-bye may not have arrived");
+            }
+            self.engine.link_down();
+            self.uplink = uplink;
+            self.welcomed = false;
+            tracing::info!(server = self.uplink.server(), drained, "moving to another server");
+            drained
+        });
+        self.engine.hold(false);
+        let _ = reply.send(answer);
     }
 
     fn mark(&mut self, kind: MarkerKind, name: &str, durable_within: Duration, reply: SyncSender<Result<(), Problem>>) {
@@ -161,7 +204,7 @@ impl Drive {
         let status = self.engine.status();
         // The receiver keeps no point inside a gap: the marker would vanish.
         let why = match gap_in_words(&status.stream) {
-            "" if status.healing => "a heal is under way",
+            "" if !status.whole => "a heal is under way",
             why => why,
         };
         if !why.is_empty() {
@@ -220,12 +263,12 @@ impl Drive {
 
     fn is_finished(&self, now: Monotonic, by: Monotonic) -> bool {
         // In a gap there is no point to complete: the maps carry everything over.
-        let whole = matches!(self.engine.sender().stream(), StreamState::Whole) && !self.engine.sender().is_healing();
-        now >= by || !self.welcomed || !whole || self.engine.is_settled()
+        now >= by || !self.welcomed || !self.engine.sender().is_whole() || self.engine.is_quiet()
     }
 
     fn say_goodbye(&mut self) {
-        let settled = self.engine.is_settled();
+        let settled = self.engine.is_quiet();
+        *lock(&self.shared.kept) = self.engine.keep();
         if let Some(wire) = self.uplink.take_wire()
             && self.welcomed
             && let Err(error) = wire.farewell("the agent was stopped", FAREWELL_LIMIT)
@@ -239,6 +282,7 @@ impl Drive {
         self.published = now;
         let engine = self.engine.status();
         let gap = gap_in_words(&engine.stream);
+        let lacking;
         let (state, reason) = if self.finish_by.is_some() {
             (ProtectionState::Stopping, "")
         } else if let Some(refusal) = self.uplink.refusal() {
@@ -249,6 +293,9 @@ impl Drive {
             (waiting, self.uplink.last_error())
         } else if gap.is_empty() && !engine.healing {
             (ProtectionState::Protected, "")
+        } else if engine.whole && !engine.lacking.is_empty() {
+            lacking = format!("everything but {} is protected; that is healed on its own", engine.lacking);
+            (ProtectionState::Healing, &*lacking)
         } else {
             (ProtectionState::Healing, gap)
         };

@@ -16,8 +16,8 @@ use replication::geometry::{LEAF_BYTES, SECTOR_BYTES};
 use replication::receiver::{self, Action, Event, Greeting, Receiver, Remembered, SessionStart};
 use replication::wire::{HealContent, HealNeed, Hello, Message, OfferedLeaf};
 use replication::{
-    ByteRange, ChainId, Change, ChangeKind, DiskId, Generation, HealId, MachineId, PlainLeafHash, SequenceNumber,
-    StreamHash,
+    ByteRange, ChainId, Change, ChangeKind, DiskId, Generation, HealId, MachineId, PlainLeafHash, Ranges, Reach,
+    SequenceNumber, StreamHash,
 };
 use world::{Clock, RealFiles, SystemClock, SystemEntropy};
 
@@ -65,6 +65,8 @@ pub struct Store {
     pub needs: Vec<HealNeed>,
     /// Positions at which gaps opened, with their cause.
     pub gaps: Vec<String>,
+    /// What gaps of ranges were about.
+    pub range_gaps: Vec<Ranges>,
     pub markers: Vec<String>,
     pub heals: u32,
     pub whole_heals: u32,
@@ -76,6 +78,8 @@ pub struct Store {
     pub refuse: Option<String>,
     /// Take nothing from the link, so that it fills.
     pub stalled: bool,
+    /// Every change from the moment on at which somebody put a list here.
+    pub log: Option<Vec<Change>>,
 }
 
 impl Store {
@@ -116,6 +120,7 @@ impl Server {
             last_boot: None,
             needs: Vec::new(),
             gaps: Vec::new(),
+            range_gaps: Vec::new(),
             markers: Vec::new(),
             heals: 0,
             whole_heals: 0,
@@ -125,6 +130,7 @@ impl Server {
             farewells: 0,
             refuse: None,
             stalled: false,
+            log: None,
         };
         let mut server = Server {
             folder,
@@ -284,6 +290,7 @@ impl Session {
             stream: (!store.journal_lost && store.generation > Generation(0)).then_some((store.journaled, store.hash)),
             committed: store.journaled,
             incomplete: store.in_gap,
+            lacking: Ranges::default(),
             last_boot: store.last_boot,
             live: None,
             empty: store.empty,
@@ -347,6 +354,7 @@ impl Session {
                 self.feed(store, Event::Journaled(journaled));
             }
             Action::Cut(_) | Action::Proven { .. } => {}
+            Action::GapOpened { reach: Reach::Ranges(ranges), .. } => store.range_gaps.push(ranges),
             Action::GapOpened { cause, .. } => store.gaps.push(cause),
             Action::HealBegin { p0, whole, .. } => {
                 store.empty = false;
@@ -357,6 +365,9 @@ impl Session {
             Action::Compare { heal, offer, disk, start, leaves } => {
                 let wanted = store.compare(disk, start, &leaves);
                 self.feed(store, Event::Compared { heal, offer, wanted });
+            }
+            Action::CompareGranules { .. } | Action::CompareLeaves { .. } => {
+                unreachable!("plain hashes are offered by leaf")
             }
             Action::HealData { heal, disk, range, content } => self.heal_data(store, heal, disk, range, &content),
             Action::HealEnd { heal, .. } => {
@@ -390,6 +401,9 @@ impl Session {
 
 impl Store {
     fn append(&mut self, change: &Change) {
+        if let Some(log) = &mut self.log {
+            log.push(change.clone());
+        }
         let (range, data) = match &change.kind {
             ChangeKind::Write { range, data } => (*range, Some(&data[..])),
             ChangeKind::Zero { range } | ChangeKind::Discard { range } => (*range, None),

@@ -7,6 +7,7 @@ use std::time::Duration;
 use clap::{Args, Subcommand, ValueEnum};
 use link::{Authority, Role, TokenOrder};
 use process_server::server::AUTHORITY;
+use replication::MachineId;
 use serde_json::json;
 use world::{RealFiles, WallTime};
 
@@ -34,6 +35,9 @@ pub(crate) struct New {
     /// What will join
     #[arg(long, value_enum, default_value_t = JoiningRole::Agent)]
     role: JoiningRole,
+    /// The machine, by its id, if it is protected already and is to move here with its history
+    #[arg(long, value_name = "ID")]
+    machine: Option<MachineId>,
     /// Hours for which the token can be used
     #[arg(long, value_name = "HOURS", default_value_t = 24)]
     valid_hours: u64,
@@ -45,8 +49,7 @@ pub(crate) struct New {
 #[derive(Debug, Clone, Copy, ValueEnum)]
 enum JoiningRole {
     Agent,
-    ProcessServer,
-    MasterTarget,
+    RecoveryHost,
 }
 
 impl TokenCommand {
@@ -79,11 +82,14 @@ impl New {
         let authority = Authority::open(files, clock(), entropy(), AUTHORITY).map_err(|error| refused(&error))?;
         let role = match self.role {
             JoiningRole::Agent => Role::Agent,
-            JoiningRole::ProcessServer => Role::ProcessServer,
-            JoiningRole::MasterTarget => Role::MasterTarget,
+            JoiningRole::RecoveryHost => Role::RecoveryHost,
         };
+        let id = self.machine.map(|machine| machine.0);
+        if id.is_some() && role != Role::Agent {
+            return Err(usage("only a machine moves", "the token is for another role", "leave out --machine or --role"));
+        }
         let valid_for = Duration::from_secs(self.valid_hours * 3600);
-        let order = TokenOrder { role, id: None, valid_for, addresses: addresses.clone() };
+        let order = TokenOrder { role, id, valid_for, addresses: addresses.clone() };
         let token = authority.order_token(&order).map_err(|error| refused(&error))?;
         let text = token.to_text().map_err(|error| refused(&error))?;
         output.object(&json!({
@@ -92,7 +98,11 @@ impl New {
         }))?;
         output.line(text.as_str())?;
         if addresses.is_empty() {
-            output.aside("it names no address: give the machine one with `farshore-agent join --server HOST:PORT`");
+            let join = match self.role {
+                JoiningRole::Agent => "farshore-agent join",
+                JoiningRole::RecoveryHost => "farshore join",
+            };
+            output.aside(format!("it names no address: give the machine one with `{join} --server HOST:PORT`"));
         }
         // The token alone goes to standard output, so that it can be redirected to a file.
         output.aside(format!("usable once, until {}", WallTime::from_seconds(token.expires.seconds())));

@@ -35,6 +35,10 @@ impl Running {
         self.child.wait().expect("waited for");
     }
 
+    pub(crate) fn id(&self) -> u32 {
+        self.child.id()
+    }
+
     fn assert_running(&mut self) {
         assert!(self.child.try_wait().expect("waited for").is_none(), "it ended by itself:\n{}", end_of(&self.log));
     }
@@ -67,15 +71,7 @@ impl Site {
         let (vault, passphrase) = (at("vault"), at("passphrase"));
         let opening = ["--vault", &vault, "--passphrase-file", &passphrase];
         site.farshore(&["vault", "init"], &[&opening[..], &["--recovery-key-to", &at("key")]].concat());
-        let grant = ["--label", "server", "--state-dir", &at("server")];
-        site.farshore(&["vault", "grant"], &[&opening[..], &grant].concat());
-        let port = TcpListener::bind("127.0.0.1:0").and_then(|socket| socket.local_addr()).unwrap().port();
-        let config = format!(
-            "state_dir = {:?}\nvault = {vault:?}\nlisten = \"127.0.0.1:{port}\"\njournal_bytes_max = 268435456\n\
-             seal_interval_ms = 400\nidle_interval_s = 1\n",
-            at("server")
-        );
-        fs::write(site.path("server.toml"), config).unwrap();
+        site.grant_server("server");
         let mut config = format!(
             "state_dir = {:?}\nmachine_name = \"victim\"\nring_bytes_max = 4194304\nrotate_every_ms = 1000\n\
              proof_every_ms = 100\nnbd_socket = {:?}\n",
@@ -96,6 +92,37 @@ impl Site {
         site
     }
 
+    /// Grants a process server of this name and writes its configuration.
+    pub(crate) fn grant_server(&self, name: &str) {
+        let at = |name: &str| self.path(name).display().to_string();
+        let (vault, passphrase) = (at("vault"), at("passphrase"));
+        let opening = ["--vault", &vault, "--passphrase-file", &passphrase];
+        let grant = ["--label", name, "--state-dir", &at(name)];
+        self.farshore(&["vault", "grant"], &[&opening[..], &grant].concat());
+        let port = TcpListener::bind("127.0.0.1:0").and_then(|socket| socket.local_addr()).unwrap().port();
+        let config = format!(
+            "state_dir = {:?}\nvault = {vault:?}\nlisten = \"127.0.0.1:{port}\"\njournal_bytes_max = 268435456\n\
+             seal_interval_ms = 400\nidle_interval_s = 1\n",
+            at(name)
+        );
+        fs::write(self.path(&format!("{name}.toml")), config).unwrap();
+    }
+
+    /// Has the machine follow the server of this name; whether the one before had committed everything, if an agent runs.
+    pub(crate) fn move_to(&self, name: &str, limit_s: u64) -> Option<bool> {
+        let machine = self.with_key(&["vault", "machines"], &[])[0]["machine"].as_str().unwrap().to_owned();
+        let config = self.path(&format!("{name}.toml")).display().to_string();
+        let token = self.farshore(&["token", "new"], &["--machine", &machine, "--config", &config]);
+        let file = self.path(&format!("{name}.token"));
+        fs::write(&file, token[0]["token"].as_str().unwrap()).unwrap();
+        let mut command = Command::new(AGENT);
+        command.args(["--json", "join", "--move-limit-s", &limit_s.to_string(), "--token-file"]).arg(file);
+        command.arg("--state-dir").arg(self.path("agent"));
+        let said: Value = serde_json::from_str(run(&mut command).trim()).expect("JSON");
+        assert_eq!(said["machine"].as_str(), Some(&*machine), "it is the same machine");
+        said["drained"].as_bool()
+    }
+
     pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.root.join(name)
     }
@@ -107,7 +134,9 @@ impl Site {
 
     /// Runs `farshore --json` to its end and returns what it printed.
     pub(crate) fn farshore(&self, verb: &[&str], options: &[&str]) -> Vec<Value> {
-        let printed = run(Command::new(FARSHORE).arg("--json").args(verb).args(options));
+        let mut command = Command::new(FARSHORE);
+        command.env("FARSHORE_SEEN_HEADS", self.path("seen")).arg("--json").args(verb).args(options);
+        let printed = run(&mut command);
         printed.lines().map(|line| serde_json::from_str(line).expect("JSON lines")).collect()
     }
 
@@ -119,9 +148,14 @@ impl Site {
 
     /// Starts the process server and waits until agents can connect.
     pub(crate) fn start_server(&self) -> Running {
-        let log = self.path("server.log");
+        self.start_server_named("server")
+    }
+
+    /// As [`Site::start_server`], for one that was granted beside the first.
+    pub(crate) fn start_server_named(&self, name: &str) -> Running {
+        let log = self.path(&format!("{name}.log"));
         let before = fs::metadata(&log).map_or(0, |metadata| metadata.len());
-        let config = self.path("server.toml");
+        let config = self.path(&format!("{name}.toml"));
         let mut command = Command::new(FARSHORE);
         command.args(["--json", "server", "--config"]).arg(config);
         let mut running = start(&mut command, log.clone());
@@ -142,11 +176,21 @@ impl Site {
 
     /// Starts the agent; it may not serve yet on return.
     pub(crate) fn start_agent(&self) -> Running {
-        start(Command::new(AGENT).args(["run", "--config"]).arg(self.path("agent.toml")), self.path("agent.log"))
+        self.start_agent_named("agent")
+    }
+
+    /// As [`Site::start_agent`], with another configuration.
+    pub(crate) fn start_agent_named(&self, name: &str) -> Running {
+        let config = self.path(&format!("{name}.toml"));
+        start(Command::new(AGENT).args(["run", "--config"]).arg(config), self.path(&format!("{name}.log")))
     }
 
     pub(crate) fn status(&self) -> Option<AgentStatus> {
-        match ask(&self.path("agent/control.sock"), &Request::Status) {
+        self.status_of("agent")
+    }
+
+    pub(crate) fn status_of(&self, name: &str) -> Option<AgentStatus> {
+        match ask(&self.path(&format!("{name}/control.sock")), &Request::Status) {
             Ok(Answer::Status(status)) => Some(*status),
             _ => None,
         }

@@ -319,6 +319,11 @@ impl Catalog {
         self.chains.get(&id).map(|chain| &chain.durable)
     }
 
+    /// The newest change of `chain` that was accepted, or is known to be committed or dropped.
+    pub(super) fn last(&self, id: ChainId) -> SequenceNumber {
+        self.chains.get(&id).map_or_else(Default::default, |chain| chain.written.last.max(chain.written.released))
+    }
+
     /// The files that hold changes of `chain` that are still needed, ascending.
     pub(super) fn files_of(&self, chain: ChainId) -> Vec<(FileNumber, u64)> {
         let released = self.chain(chain).map_or(SequenceNumber(0), |state| state.released);

@@ -12,7 +12,7 @@ use super::format::FileNumber;
 /// Largest encoded record, in bytes. As large as a message of the wire, whose changes become one record.
 pub const RECORD_BYTES_MAX: usize = limits::MESSAGE_BYTES_MAX + (64 << 10);
 /// Largest note, in bytes.
-pub const NOTE_BYTES_MAX: usize = 1024;
+pub const NOTE_BYTES_MAX: usize = 4096;
 /// Most different notes of one chain.
 pub const NOTES_MAX: usize = 8;
 /// Most chains of which a journal holds anything.
@@ -206,7 +206,7 @@ impl Record {
             }
             Record::Note { chain, kind, bytes } => {
                 if bytes.len() > NOTE_BYTES_MAX {
-                    return Err(JournalError::Invalid("a note is longer than 1 KiB"));
+                    return Err(JournalError::Invalid("a note is longer than 4 KiB"));
                 }
                 head.u8(NOTE).raw(&chain.0).u8(kind.0).bytes(bytes);
             }

@@ -215,6 +215,8 @@ pub(super) struct Found {
     /// Files that do not.
     pub(super) leftovers: Vec<FileNumber>,
     pub(super) torn: Option<TornTail>,
+    /// The newest file holds records that may have been written without being synced.
+    pub(super) has_tail: bool,
     /// Highest number ever seen.
     pub(super) highest: Option<FileNumber>,
 }
@@ -254,7 +256,8 @@ pub(super) fn take_stock(files: &dyn Files, directory: &str, host: &HostKey) -> 
             }
         }
     };
-    let mut found = Found { chains, torn, highest: Some(newest), ..Found::default() };
+    let has_tail = reader.ordinal > 1;
+    let mut found = Found { chains, torn, has_tail, highest: Some(newest), ..Found::default() };
     for file in opening.files {
         match numbers.binary_search(&file.number) {
             Ok(index) => {
@@ -297,11 +300,17 @@ pub struct ChangeReader {
     pub(super) host: HostKey,
     pub(super) chain: ChainId,
     pub(super) released: SequenceNumber,
+    pub(super) last: SequenceNumber,
     /// Files and how many of their bytes count, ascending.
     pub(super) parts: Vec<(FileNumber, u64)>,
 }
 
 impl ChangeReader {
+    /// The newest change of the chain that the journal was ever given, or knows to be committed or dropped.
+    pub fn last(&self) -> SequenceNumber {
+        self.last
+    }
+
     /// Leaves out everything up to and including `sequence`.
     pub fn after(mut self, sequence: SequenceNumber) -> ChangeReader {
         self.released = self.released.max(sequence);

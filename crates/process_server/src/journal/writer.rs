@@ -90,7 +90,21 @@ impl Journal {
         config.check()?;
         files.create_directory(directory).map_err(|source| JournalError::io("create", directory, source))?;
         durable::sweep(&*files, directory).map_err(|source| JournalError::io("clean", directory, source))?;
-        let found = replay::take_stock(&*files, directory, host)?;
+        let mut found = replay::take_stock(&*files, directory, host)?;
+        if found.has_tail
+            && let Some((newest, bytes)) = found.files.last_mut()
+        {
+            // What a process that was killed had written but not synced can be read and may still be lost. From now on it
+            // counts as journaled, and newer files describe it as whole: it is written anew, since a sync that follows a
+            // failed one proves nothing.
+            let path = format!("{directory}/{}", newest.number);
+            let mut contents = files.read(&path).map_err(|source| JournalError::io("read", &path, source))?;
+            contents.truncate(usize::try_from(newest.valid).expect("a file that was read fits into memory"));
+            let unique = hexadecimal(&entropy.bytes::<8>());
+            durable::replace_private(&*files, &path, &contents, &unique)
+                .map_err(|source| JournalError::io("write", &path, source))?;
+            *bytes = newest.valid;
+        }
         let recovered = Recovered { chains: found.chains.clone(), torn: found.torn };
         let mut catalog = Catalog::new(config);
         for (chain, state) in found.chains {
@@ -164,6 +178,14 @@ impl Journal {
         Ok(position)
     }
 
+    /// Gives everything appended to the system: from then on it survives the end of this process, but not of the machine.
+    ///
+    /// # Errors
+    /// As [`Journal::sync`].
+    pub fn write_through(&mut self) -> Result<(), JournalError> {
+        self.write_pending()
+    }
+
     /// Makes everything appended durable; returns the position through which that holds. Then removes the files that
     /// are needed no more.
     ///
@@ -232,6 +254,7 @@ impl Journal {
             host: self.host.clone(),
             chain,
             released: self.catalog.chain(chain).map_or_else(Default::default, |state| state.released),
+            last: self.catalog.last(chain),
             parts: self.catalog.files_of(chain),
         }
     }

@@ -1,14 +1,16 @@
 //! Commits: pending content becomes a segment, a manifest, and a won name.
 //!
 //! ```text
-//! pending ──cut off──► content ──seal, merge──► prepared manifest ──intent journaled──► put ─┬─► committed
-//!    ▲                                                                  ▲   store refuses ──┤
-//!    └──────────── number burnt: begin again ◄───────────────────────── └─── same bytes ◄──┘
+//! pending ──cut off──► content ──seal, merge──► prepared manifest ──intent durable──► put ─┬─► committed
+//!    ▲                                                                ▲   store refuses ──┤
+//!    └──────────── number burnt: begin again ◄─────────────────────── └─── same bytes ◄──┘
 //! ```
 //!
-//! Order on the store: segment, merged index, manifest. A crash in between leaves objects that nobody refers to.
+//! Order on the store: segment, merged index, manifest. A crash in between leaves objects that nobody refers to. No
+//! manifest is put before the journal holds its number and nonce durably; meanwhile the pipeline goes on with other work.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
 
 use replication::receiver::Event;
 use replication::{Change, ChangeKind, Cut, PointTime, SequenceNumber};
@@ -47,6 +49,21 @@ pub(super) struct Flying {
     pub(super) through: SequenceNumber,
     /// Kept to begin again if the number turns out to be burnt.
     pub(super) content: Pending,
+    /// Whether the journal holds the manifest's nonce.
+    intent: Intent,
+}
+
+/// What has become of a record that the journal was given. Set from the journal's thread.
+struct Intent(Arc<AtomicU8>);
+
+impl Intent {
+    const UNDER_WAY: u8 = 0;
+    const DURABLE: u8 = 1;
+    const FAILED: u8 = 2;
+
+    fn state(&self) -> u8 {
+        self.0.load(Ordering::Acquire)
+    }
 }
 
 impl Pipeline {
@@ -56,8 +73,8 @@ impl Pipeline {
         match self.prepare(&content) {
             Ok(prepared) => {
                 let through = prepared_through(&content, self.writer.through());
-                self.announce(&prepared);
-                self.flying = Some(Flying { prepared, through, content });
+                let intent = self.announce(&prepared);
+                self.flying = Some(Flying { prepared, through, content, intent });
                 Ok(())
             }
             Err(error) => {
@@ -69,7 +86,7 @@ impl Pipeline {
 
     /// Takes from the pending content what one manifest holds: whole requests up to the seal size, and whatever else
     /// lies at or before the last of them.
-    pub(super) fn cut_off(&mut self) -> Pending {
+    fn cut_off(&mut self) -> Pending {
         let mut pending = std::mem::take(&mut self.pending);
         let limit = self.services.pace.seal_bytes.saturating_mul(2);
         if pending.bytes <= limit && self.loaded == self.journaled {
@@ -115,7 +132,7 @@ impl Pipeline {
         first
     }
 
-    pub(super) fn put_back(&mut self, mut content: Pending) {
+    fn put_back(&mut self, mut content: Pending) {
         let newer = std::mem::take(&mut self.pending);
         content.bytes += newer.bytes;
         content.changes.extend(newer.changes);
@@ -130,17 +147,25 @@ impl Pipeline {
         self.pending = content;
     }
 
-    /// Queues the nonce for the journal before the request goes out. Not awaited: see `docs/design/0001`, decision 8.
-    pub(super) fn announce(&self, prepared: &PreparedManifest) {
+    /// Queues number and nonce for the journal. The put waits until they are durable there: `docs/design/0001`, decision 8.
+    fn announce(&self, prepared: &PreparedManifest) -> Intent {
         let manifest =
             JournalManifest { number: ManifestNumber(prepared.number), nonce: ManifestNonce(prepared.nonce.0) };
         let record = Record::Intent { chain: self.chain, manifest };
-        if let Err(error) = self.services.log.append(record, Box::new(|_| {})) {
-            tracing::warn!(chain = %self.chain, %error, "a manifest's intent could not be journaled");
+        let intent = Intent(Arc::new(AtomicU8::new(Intent::UNDER_WAY)));
+        let (state, wake) = (Arc::clone(&intent.0), Arc::clone(&self.wake));
+        let done = move |result: Result<_, _>| {
+            state.store(if result.is_ok() { Intent::DURABLE } else { Intent::FAILED }, Ordering::Release);
+            wake();
+        };
+        if let Err(error) = self.services.log.append(record, Box::new(done)) {
+            tracing::warn!(chain = %self.chain, %error, "a manifest's intent could not be journaled yet");
+            intent.0.store(Intent::FAILED, Ordering::Release);
         }
+        intent
     }
 
-    pub(super) fn prepare(&self, content: &Pending) -> Result<PreparedManifest, VaultError> {
+    fn prepare(&self, content: &Pending) -> Result<PreparedManifest, VaultError> {
         let mut builder: ManifestBuilder = self.writer.begin();
         let mut layers = Vec::new();
         if !content.changes.is_empty() {
@@ -206,7 +231,20 @@ impl Pipeline {
     }
 
     pub(super) fn land(&mut self, now: Monotonic, events: &mut Vec<Event>) -> Result<(), PipelineError> {
-        let Some(flying) = self.flying.take() else { return Ok(()) };
+        let Some(mut flying) = self.flying.take() else { return Ok(()) };
+        match flying.intent.state() {
+            Intent::DURABLE => {}
+            Intent::UNDER_WAY => {
+                self.flying = Some(flying);
+                return Ok(());
+            }
+            _ => {
+                flying.intent = self.announce(&flying.prepared);
+                self.flying = Some(flying);
+                self.retry_at = now.plus(self.services.pace.retry_pause);
+                return Ok(());
+            }
+        }
         match self.writer.put(&flying.prepared) {
             Ok(()) => {
                 self.view = None;
@@ -229,10 +267,10 @@ impl Pipeline {
         }
     }
 
-    pub(super) fn record_commit(&self, flying: &Flying) {
+    fn record_commit(&self, flying: &Flying) {
         let number = ManifestNumber(flying.prepared.number);
         let mut records = vec![Record::Committed { chain: self.chain, through: flying.through, number }];
-        if !flying.content.gaps_closed.is_empty() && self.open_gaps.is_empty() {
+        if !flying.content.gaps_closed.is_empty() && !self.is_in_gap() {
             records.push(Record::Note { chain: self.chain, kind: GAP_NOTE, bytes: bytes::Bytes::new() });
         }
         for record in records {
@@ -257,7 +295,7 @@ impl Pipeline {
     }
 }
 
-pub(super) fn prepared_through(content: &Pending, before: SequenceNumber) -> SequenceNumber {
+fn prepared_through(content: &Pending, before: SequenceNumber) -> SequenceNumber {
     content.changes.last().map_or(before, |change| change.sequence.max(before))
 }
 

@@ -9,13 +9,14 @@ use std::sync::Arc;
 use replication::geometry::LEAF_BYTES;
 use replication::receiver::Event;
 use replication::wire::{HealContent, OfferHashes, OfferedLeaf};
-use replication::{ByteRange, ChainId, Cut, DiskId, Generation, HealId, LeafHash, PlainLeafHash, SequenceNumber};
+use replication::{ByteRange, Cut, DiskId, HealId, LeafHash, PlainLeafHash, Reach, SequenceNumber};
 use vault::image::{Absence, ImageBuilder, ImageOptions};
-use vault::manifest::{Defect, GapClosed, GapScope};
-use vault::view::ChainView;
-use vault::{Compression, VaultError};
+use vault::manifest::{Defect, GapClosed};
+use vault::view::{ChainView, ReadError};
+use vault::{ChainWriter, Compression, VaultError};
 use world::Monotonic;
 
+use super::gaps::OpenGap;
 use super::{Pipeline, Services};
 
 struct Offer {
@@ -29,12 +30,15 @@ struct Offer {
 pub(super) struct HealSink {
     heal: HealId,
     p0: SequenceNumber,
+    reach: Reach,
     hashes: OfferHashes,
     builder: ImageBuilder,
     offers: VecDeque<Offer>,
     received_bytes: u64,
     /// Bytes since the image was last cut.
     uncut_bytes: u64,
+    /// Something could not be stored: the sender is told when it is.
+    owes_credit: bool,
     defects: Vec<(DiskId, ByteRange)>,
     state: State,
 }
@@ -46,37 +50,38 @@ enum State {
     /// Everything came; the cut closes these gaps once the image is durable.
     Ending {
         cut: Cut,
-        closes: Vec<SequenceNumber>,
+        closes: Vec<OpenGap>,
     },
 }
 
 impl HealSink {
     pub(super) fn new(
         services: &Services,
-        chain: ChainId,
-        generation: Generation,
+        writer: &ChainWriter,
         heal: HealId,
         p0: SequenceNumber,
-        hashes: OfferHashes,
+        (reach, hashes): (Reach, OfferHashes),
     ) -> HealSink {
         let options = ImageOptions { compression: Compression::Fast, workers: services.pace.workers };
         let builder = ImageBuilder::new(
             Arc::clone(&services.session),
             Arc::clone(&services.store),
             Arc::clone(&services.dedup),
-            chain,
-            generation,
+            writer.chain(),
+            writer.generation(),
             p0,
             options,
         );
         HealSink {
             heal,
             p0,
+            reach,
             hashes,
             builder,
             offers: VecDeque::new(),
             received_bytes: 0,
             uncut_bytes: 0,
+            owes_credit: false,
             defects: Vec::new(),
             state: State::Receiving,
         }
@@ -91,7 +96,7 @@ impl HealSink {
     }
 
     /// The gaps that this heal would have closed, for when it is given up.
-    pub(super) fn give_back(self) -> Vec<SequenceNumber> {
+    pub(super) fn give_back(self) -> Vec<OpenGap> {
         match self.state {
             State::Ending { closes, .. } => closes,
             State::Receiving | State::Abandoned => Vec::new(),
@@ -100,8 +105,8 @@ impl HealSink {
 
     /// Where the heal ended, if it did: a cut that the pending content does not name yet.
     pub(super) fn end(&self) -> Option<SequenceNumber> {
-        match &self.state {
-            State::Ending { cut, .. } => Some(cut.sequence),
+        match (&self.state, &self.reach) {
+            (State::Ending { cut, .. }, Reach::Machine) => Some(cut.sequence),
             _ => None,
         }
     }
@@ -139,17 +144,22 @@ impl Pipeline {
     ) {
         let Some(sink) = self.heal.as_mut().filter(|sink| sink.heal == heal) else { return };
         if let Err(error) = sink.take(disk, range, content) {
-            // The builder keeps what it was given and repeats it at its cut; no credit, so the sender waits.
+            // The builder keeps what it was given and stores it with its cut, which is tried until the store takes it; no
+            // credit until then, so the sender waits once it has as much under way as it may.
             tracing::warn!(chain = %self.chain, %error, "healed data could not be stored yet");
+            sink.owes_credit = true;
             return;
         }
         events.push(Event::HealProcessed { heal, bytes: sink.received_bytes });
     }
 
     pub(super) fn heal_end(&mut self, heal: HealId, cut: Cut) {
+        let disks = self.disks().to_vec();
         if let Some(sink) = self.heal.as_mut().filter(|sink| sink.heal == heal) {
             // A break that comes from here on is another gap, even before this one is closed in the vault.
-            sink.state = State::Ending { cut, closes: std::mem::take(&mut self.open_gaps) };
+            let ended = |gap: &mut OpenGap| gap.is_ended_by(sink.p0, &sink.reach, &disks);
+            let closes = self.open_gaps.extract_if(.., ended).collect();
+            sink.state = State::Ending { cut, closes };
         }
     }
 
@@ -164,15 +174,18 @@ impl Pipeline {
     }
 
     /// Cuts images that are due: a large one in between, the last one at a heal's end.
-    pub(super) fn finish_images(&mut self, now: Monotonic) {
+    pub(super) fn finish_images(&mut self, now: Monotonic, events: &mut Vec<Event>) {
         let Some(sink) = &mut self.heal else { return };
         let over = !matches!(sink.state, State::Receiving);
-        if !over && sink.uncut_bytes < self.services.pace.image_cut_bytes {
+        if !over && !sink.owes_credit && sink.uncut_bytes < self.services.pace.image_cut_bytes {
             return;
         }
         match sink.builder.cut() {
             Ok(layer) => {
                 sink.uncut_bytes = 0;
+                if std::mem::take(&mut sink.owes_credit) {
+                    events.push(Event::HealProcessed { heal: sink.heal, bytes: sink.received_bytes });
+                }
                 self.pending.images.extend(layer);
             }
             Err(error) => {
@@ -196,18 +209,20 @@ impl Pipeline {
         }));
         let State::Ending { cut, closes } = sink.state else { return };
         let (until, time) = (cut.sequence, cut.time);
-        let closed = closes.into_iter().map(|after| GapClosed { after, scope: GapScope::Machine, until, time });
+        let closed = closes.into_iter().map(|OpenGap { after, scope }| GapClosed { after, scope, until, time });
         self.pending.gaps_closed.extend(closed);
-        self.planner = replication::cut::CutPlanner::default();
         let end = cut.sequence;
-        self.pending.cuts.push(cut);
-        // Cuts that came while the image was being stored lie behind the heal's end.
-        self.pending.cuts.sort_by_key(|cut| cut.sequence);
+        if sink.reach == Reach::Machine {
+            self.planner = replication::cut::CutPlanner::default();
+            self.pending.cuts.push(cut);
+            // Cuts that came while the image was being stored lie behind the heal's end.
+            self.pending.cuts.sort_by_key(|cut| cut.sequence);
+        }
         self.pending.heals_ended.push((sink.heal, end));
     }
 
     /// Answers offers, once the head is complete up to `p0`.
-    pub(super) fn judge_offers(&mut self, events: &mut Vec<Event>) {
+    pub(super) fn judge_offers(&mut self, now: Monotonic, events: &mut Vec<Event>) {
         if self.heal.as_ref().is_none_or(|sink| sink.offers.is_empty() || self.writer.through() < sink.p0) {
             return;
         }
@@ -216,6 +231,12 @@ impl Pipeline {
         while let Some(offer) = sink.offers.pop_front() {
             let wanted = match judge(&view, &sink.hashes, &offer) {
                 Ok(wanted) => wanted,
+                Err(ReadError::Vault { source: VaultError::Store(error), .. }) if error.is_retryable() => {
+                    tracing::warn!(chain = %self.chain, %error, "the vault's store does not answer; comparing later");
+                    sink.offers.push_front(offer);
+                    self.retry_at = now.plus(self.services.pace.retry_pause);
+                    return;
+                }
                 Err(error) => {
                     // An index that cannot be read makes nothing equal.
                     tracing::warn!(chain = %self.chain, %error, "an index cannot be read; the range is sent again");
@@ -239,7 +260,7 @@ impl Pipeline {
     }
 }
 
-fn judge(view: &ChainView, hashes: &OfferHashes, offer: &Offer) -> Result<Vec<bool>, vault::view::ReadError> {
+fn judge(view: &ChainView, hashes: &OfferHashes, offer: &Offer) -> Result<Vec<bool>, ReadError> {
     let range = ByteRange::new(offer.start, offer.leaves.len() as u64 * LEAF_BYTES);
     let head = view.leaf_hashes(SequenceNumber(u64::MAX), offer.disk, range)?;
     let key = &view.source().keys().shared().leaf;

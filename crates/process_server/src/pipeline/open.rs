@@ -8,15 +8,17 @@ use std::sync::Arc;
 
 use replication::cut::{CutKind, CutPlanner, PointTime};
 use replication::receiver::{Greeting, Receiver, Remembered, SessionStart, greet};
-use replication::wire::{Hello, Message};
-use replication::{ChainId, InstanceId, MachineId, SequenceNumber, StreamHash};
+use replication::wire::{HealNeed, Hello, Message};
+use replication::{ChainId, InstanceId, MachineId, Reach, SequenceNumber, StreamHash};
 use vault::catalog::{Catalog, CatalogEntry};
+use vault::keys::ObjectNonce;
 use vault::manifest::{Delta, Gap, GapScope, GeometryChange};
 use vault::view::{ChainView, ViewBelow};
-use vault::{ChainHistory, ChainWriter, VaultError};
+use vault::{ChainHistory, ChainWriter, RolledBack, VaultError};
 use world::{Entropy, Monotonic};
 
 use super::commit::Pending;
+use super::gaps::OpenGap;
 use super::{Pipeline, Services};
 use crate::ingest::{GAP_NOTE, ReadBack};
 use crate::journal::{ChainState, Manifest, ManifestNonce, ManifestNumber, Record, Session};
@@ -33,6 +35,29 @@ pub enum OpenError {
         #[source]
         source: VaultError,
     },
+    /// The machine was failed over: nobody writes to its chain.
+    #[error(
+        "the history of this machine was closed by a failover to the branch {successor}, and what it writes here is not \
+         recorded; {}",
+        if *.ended {
+            "the failover is committed: bring the branch home with `farshore failback`"
+        } else {
+            "bring the branch home with `farshore failback`, or, if this machine is to go on as it is, take the failover \
+             back with `farshore failover cancel`"
+        }
+    )]
+    Closed {
+        /// The branch that goes on instead.
+        successor: ChainId,
+        /// The failover is committed.
+        ended: bool,
+    },
+    /// This server may not write any more.
+    #[error(
+        "this process server's grant was revoked; join the machine to another one, or grant this server again with \
+         `farshore vault grant` after moving its writer.keys aside"
+    )]
+    Revoked,
 }
 
 /// The answer to a sender's first message.
@@ -41,6 +66,15 @@ pub enum Greeted {
     Accepted(Box<Receiver>, Message),
     /// Send this and close.
     Refused(Message),
+    /// Not yet: step the pipeline until it is ready to greet, and greet again.
+    Later,
+}
+
+/// A greeting that waits until everything before it is in the vault.
+pub(super) struct Renewal {
+    instance: InstanceId,
+    need: HealNeed,
+    cause: String,
 }
 
 impl Pipeline {
@@ -54,12 +88,16 @@ impl Pipeline {
         hello: Option<&Hello>,
         journal: impl Fn(ChainId) -> Option<ChainState>,
     ) -> Result<Pipeline, OpenError> {
-        let fail = |source| OpenError::Vault { machine, source };
+        let fail = |source| match source {
+            VaultError::ChainClosed { successor, ended, .. } => OpenError::Closed { successor, ended },
+            VaultError::Revoked { .. } => OpenError::Revoked,
+            source => OpenError::Vault { machine, source },
+        };
         let chain = chain_of(&services, entropy, machine, hello).map_err(fail)?;
         let history = ChainHistory::find(&services.store, &services.keys, chain).map_err(fail)?;
         match history {
             None => Pipeline::create(services, machine, chain, hello).map_err(fail),
-            Some(history) => Pipeline::resume(services, machine, history, journal(chain)).map_err(fail),
+            Some(history) => Pipeline::resume(services, machine, history, hello, journal(chain)).map_err(fail),
         }
     }
 
@@ -88,7 +126,7 @@ impl Pipeline {
         let Services { store, session, keys, .. } = &services;
         let writer = ChainWriter::create(store, session, keys, chain, (machine, None), delta)?;
         let mut pipeline = Pipeline::around(services, machine, writer, Vec::new(), None);
-        pipeline.open_gaps = vec![SequenceNumber(0)];
+        pipeline.open_gaps = vec![OpenGap::of_machine(SequenceNumber(0))];
         pipeline.geometries = geometries;
         pipeline.journal_session();
         Ok(pipeline)
@@ -98,18 +136,37 @@ impl Pipeline {
         services: Services,
         machine: MachineId,
         history: ChainHistory,
+        hello: Option<&Hello>,
         journal: Option<ChainState>,
     ) -> Result<Pipeline, VaultError> {
-        let own = journal.filter(|state| continues(state, &history, &services));
-        let mut open_gaps: Vec<SequenceNumber> =
-            history.gaps().iter().filter(|gap| gap.until.is_none()).map(|gap| gap.after).collect();
-        let reason = if own.is_some() { "the process server started" } else { "a process server took over" };
+        let rolled_back = match &journal {
+            Some(state) => lacks_committed(state, &history, &services)?,
+            None => None,
+        };
+        if let Some(rolled_back) = &rolled_back {
+            tracing::error!(%machine, "{rolled_back}; its points since are gone, and the disks are compared by hash");
+        }
+        let own = journal.filter(|state| rolled_back.is_none() && continues(state, &history, &services));
+        let gaps = history.gaps();
+        let mut open_gaps: Vec<OpenGap> = gaps.iter().filter(|gap| gap.until.is_none()).map(OpenGap::of).collect();
+        let is_in_gap = open_gaps.iter().any(|gap| gap.scope == GapScope::Machine);
+        // Nothing is missing if the sender still has all that is not in the vault: a drained move, or a loss without loss.
+        let handed_over = hello.and_then(|hello| handed_over(hello, &history)).filter(|_| own.is_none() && !is_in_gap);
+        // A journal that has seen other changes of these numbers would not take them again.
+        let seen = services.log.last(history.chain).unwrap_or(SequenceNumber(u64::MAX));
+        let handed_over = handed_over.filter(|_| seen <= history.through);
+        let reason = match (&own, &handed_over) {
+            (Some(_), _) => "the process server started",
+            (None, Some(_)) => "another process server goes on",
+            (None, None) if rolled_back.is_some() => "the vault was rolled back, or restored from an older copy",
+            (None, None) => "a process server took over",
+        };
         let mut delta = Delta::default();
-        if own.is_none() && open_gaps.is_empty() {
+        if own.is_none() && handed_over.is_none() && !is_in_gap {
             // Whatever was journaled elsewhere and not committed is missing here.
             let time = PointTime(services.clock.wall().0).max(history.proven_through);
             let gap = Gap { after: history.through, scope: GapScope::Machine, time, cause: reason.into(), until: None };
-            open_gaps.push(gap.after);
+            open_gaps.push(OpenGap::of(&gap));
             delta.gaps_opened.push(gap);
         }
         let below = parent_view(&services, &history)?;
@@ -117,18 +174,22 @@ impl Pipeline {
         let writer = ChainWriter::open_generation(store, session, keys, &history, reason, delta)?;
         let mut pipeline = Pipeline::around(services, machine, writer, history.layers(), below);
         pipeline.open_gaps = open_gaps;
-        pipeline.known_gaps = history.gaps().iter().map(|gap| (gap.after, gap.time)).collect();
+        pipeline.known_gaps = gaps.into_iter().map(|gap| (gap.after, gap.time, gap.scope)).collect();
         pipeline.geometries = history.geometry_at(SequenceNumber(u64::MAX));
         pipeline.last_point = history.proven_through.max(history.last_cut().map_or(PointTime(0), |(_, time)| time));
         match own {
             Some(state) => {
+                pipeline.tell_intent(&state, &history);
                 pipeline.journaled = state.last.max(history.through);
                 pipeline.loaded = history.through;
                 pipeline.replay_through = pipeline.journaled;
                 pipeline.stream = pipeline.stream_at_end(&state);
                 pipeline.touch();
             }
-            None => pipeline.quarantine(reason),
+            None => {
+                pipeline.quarantine(reason);
+                pipeline.stream = handed_over;
+            }
         }
         pipeline.journal_session();
         Ok(pipeline)
@@ -166,6 +227,9 @@ impl Pipeline {
             retry_at: Monotonic(0),
             last_boot: None,
             geometries: Vec::new(),
+            announced: Vec::new(),
+            renewing: None,
+            wake: Arc::new(|| {}),
             writer,
         }
     }
@@ -186,6 +250,18 @@ impl Pipeline {
             }
         }
         (sequence == state.last).then_some((sequence, hash))
+    }
+
+    /// Says what became of the manifest that was on its way when the server ended. Only for people: the next generation
+    /// opens behind whatever head there is.
+    fn tell_intent(&self, state: &ChainState, history: &ChainHistory) {
+        let Some(intent) = state.intent else { return };
+        let nonce = vault::keys::ObjectNonce(intent.nonce.0);
+        let won = history.contains(&self.services.store, &self.services.keys, intent.number.0, nonce);
+        match won {
+            Ok(won) => tracing::info!(chain = %self.chain, number = intent.number.0, won, "a manifest was on its way"),
+            Err(error) => tracing::warn!(chain = %self.chain, %error, "a manifest that was on its way cannot be read"),
+        }
     }
 
     /// The chain that the machine follows, as the catalog says now: after a failback it is another one.
@@ -240,22 +316,43 @@ impl Pipeline {
             chain: self.chain,
             stream: self.stream.filter(|(sequence, _)| *sequence == self.journaled),
             committed: self.writer.through(),
-            incomplete: !self.open_gaps.is_empty(),
+            incomplete: self.is_in_gap(),
+            lacking: self.lacking(),
             last_boot: self.last_boot,
             live,
             empty,
         };
-        let (continues, need) = match greet(hello, &known) {
-            Greeting::Refuse { code, reason } => return Ok(Greeted::Refused(Message::Refuse { code, reason })),
-            Greeting::Continue { need } => (true, need),
-            Greeting::Renew { need, cause } => {
-                self.renew(&cause)?;
+        // A renewal that waits is not judged again by what was committed meanwhile.
+        let waiting = self.renewing.take().filter(|renewal| renewal.instance == hello.instance);
+        let (continues, need) = match (greet(hello, &known), waiting) {
+            (Greeting::Refuse { code, reason }, _) => {
+                return Ok(Greeted::Refused(Message::Refuse { code, reason }));
+            }
+            (Greeting::Continue { need }, None) => (true, need),
+            (Greeting::Renew { need, cause }, None) => {
+                if !self.renew(&cause)? {
+                    self.renewing = Some(Renewal { instance: hello.instance, need, cause });
+                    return Ok(Greeted::Later);
+                }
                 (false, need)
+            }
+            (now, Some(mut renewal)) => {
+                if matches!(now, Greeting::Renew { need: HealNeed::Whole, .. }) {
+                    renewal.need = HealNeed::Whole;
+                }
+                if !self.renew(&renewal.cause)? {
+                    self.renewing = Some(renewal);
+                    return Ok(Greeted::Later);
+                }
+                (false, renewal.need)
             }
         };
         self.last_boot = Some((hello.boot, hello.vm_generation));
-        for geometry in &hello.disks {
-            self.note_geometry(self.journaled, geometry.clone());
+        self.announced = hello.disks.clone();
+        // A stream that goes on tells of its disks in their place; a new one begins behind every earlier point.
+        let begin = self.writer.generation().base().max(self.journaled);
+        for geometry in hello.disks.iter().filter(|_| !continues) {
+            self.note_geometry(begin, geometry.clone());
         }
         if !self.pending.geometries.is_empty() {
             self.touch();
@@ -272,7 +369,7 @@ impl Pipeline {
             continues,
             need,
             // A sender that lacks something tells of its break in its place.
-            in_gap: !self.open_gaps.is_empty(),
+            in_gap: self.is_in_gap(),
             base_empty: empty,
             window_bytes: self.services.pace.window_bytes,
             wall: PointTime(self.services.clock.wall().0),
@@ -281,9 +378,10 @@ impl Pipeline {
         Ok(Greeted::Accepted(Box::new(receiver), welcome))
     }
 
-    /// Continuity is lost: everything so far is committed, then the next generation begins with a gap.
-    fn renew(&mut self, cause: &str) -> Result<(), VaultError> {
-        if self.open_gaps.is_empty() {
+    /// Continuity is lost: everything so far is committed, then the next generation begins with a gap. `false` while
+    /// something is still to be committed.
+    fn renew(&mut self, cause: &str) -> Result<bool, VaultError> {
+        if !self.is_in_gap() {
             // Complete requests up to here are a legal prefix: its end can still be opened.
             if let Some(cut) = self.planner.close(CutKind::GenerationEnd) {
                 self.pending.cuts.push(cut);
@@ -291,9 +389,11 @@ impl Pipeline {
             let time = self.last_point.max(PointTime(self.services.clock.wall().0));
             let at = self.journaled;
             self.note_gap(at, time, cause);
-            self.open_gap(at, time, cause.to_owned());
+            self.open_gap(at, Reach::Machine, time, cause.to_owned());
         }
-        self.commit_everything()?;
+        if self.pending.since.is_some() || self.flying.is_some() {
+            return Ok(false);
+        }
         let Services { store, session, keys, .. } = &self.services;
         let history = ChainHistory::load(store, keys, self.chain)?;
         if history.head != self.writer.head() {
@@ -305,37 +405,36 @@ impl Pipeline {
         self.planner = CutPlanner::default();
         self.stream = Some((self.journaled, StreamHash::default()));
         self.journal_session();
-        Ok(())
+        Ok(true)
     }
+}
 
-    fn commit_everything(&mut self) -> Result<(), VaultError> {
-        while self.pending.since.is_some() || self.flying.is_some() {
-            if self.flying.is_none() {
-                let content = self.cut_off();
-                match self.prepare(&content) {
-                    Ok(prepared) => {
-                        let through = super::commit::prepared_through(&content, self.writer.through());
-                        self.flying = Some(super::commit::Flying { prepared, through, content });
-                    }
-                    Err(error) => {
-                        self.put_back(content);
-                        return Err(error);
-                    }
-                }
-            }
-            let Some(flying) = self.flying.take() else { continue };
-            match self.writer.put(&flying.prepared) {
-                Ok(()) => self.record_commit(&flying),
-                Err(VaultError::NumberBurnt { .. }) => self.put_back(flying.content),
-                Err(error) => {
-                    self.flying = Some(flying);
-                    return Err(error);
-                }
-            }
-        }
-        self.view = None;
-        Ok(())
+/// What the sender's stream is at the vault's end, if it still has everything that comes after: it was told that this much
+/// is durable, and no more.
+fn handed_over(hello: &Hello, history: &ChainHistory) -> Option<(SequenceNumber, StreamHash)> {
+    let resume = hello.resume.as_ref()?;
+    let goes_on = resume.chain == history.chain
+        && resume.generation <= history.generation().generation
+        && resume.released == history.through;
+    goes_on.then_some((resume.released, resume.hash))
+}
+
+/// Whether the vault lacks manifests that this server knows to be committed: then its journal, which let go of what they
+/// held, continues nothing, and only a comparison tells what the vault has.
+fn lacks_committed(
+    state: &ChainState,
+    history: &ChainHistory,
+    services: &Services,
+) -> Result<Option<RolledBack>, VaultError> {
+    let (chain, found) = (history.chain, history.head.number);
+    let committed = state.committed.map_or(0, |(_, number)| number.0);
+    if found < committed {
+        return Ok(Some(RolledBack { chain, seen: committed, found }));
     }
+    let Some(Session { head, .. }) = state.session else { return Ok(None) };
+    let (seen, nonce) = (head.number.0, ObjectNonce(head.nonce.0));
+    let known = history.contains(&services.store, &services.keys, seen, nonce)?;
+    Ok((!known).then_some(RolledBack { chain, seen, found }))
 }
 
 /// Whether the journal's tail continues the chain's head: the last generation is the journal's own session's, by this

@@ -127,7 +127,8 @@ fn run(case: &Case, names: Option<LeafKey>) -> Outcome {
         kind: ChangeKind::HealStart { heal: HEAL },
     };
     let hashes = OfferHashes::Keyed(key());
-    let begin = Message::HealBegin { heal: HEAL, p0, whole: true, reach: crate::Reach::Machine, hashes, planned_bytes: 0 };
+    let begin =
+        Message::HealBegin { heal: HEAL, p0, whole: true, reach: crate::Reach::Machine, hashes, planned_bytes: 0 };
     for message in [Message::Changes(vec![start]), begin] {
         receiver.apply(Event::Received { message, wall: PointTime(2) });
     }
@@ -269,7 +270,8 @@ fn a_sender_that_offers_what_nobody_asked_for_is_stopped() {
         let p0 = Generation(1).base().next();
         let kind = ChangeKind::HealStart { heal: HEAL };
         let start = Change { sequence: p0, time: SourceTime(1), disk: DISK, continues: false, kind };
-        let begin = Message::HealBegin { heal: HEAL, p0, whole: true, reach: crate::Reach::Machine, hashes, planned_bytes: 0 };
+        let begin =
+            Message::HealBegin { heal: HEAL, p0, whole: true, reach: crate::Reach::Machine, hashes, planned_bytes: 0 };
         for message in [Message::Changes(vec![start]), begin] {
             receiver.apply(Event::Received { message, wall: PointTime(2) });
         }

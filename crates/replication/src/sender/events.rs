@@ -1,8 +1,10 @@
 //! What a sender is told and what it answers with: the vocabulary between the state machine and its owner.
 
-use crate::change::{ChangeKind, SourceTime};
+use crate::change::{ChangeKind, SourceTime, StreamHash};
+use crate::cut::PointTime;
 use crate::geometry::{ByteRange, DiskGeometry};
-use crate::position::{ChainId, DiskId, Epoch, InstanceId, MachineId, SequenceNumber};
+use crate::position::{ChainId, DiskId, Epoch, Generation, InstanceId, MachineId, SequenceNumber};
+use crate::reach::Ranges;
 use crate::wire::{Message, OfferHashes, OfferedLeaf};
 
 /// Who sends, and how.
@@ -16,6 +18,8 @@ pub struct SenderConfig {
     pub boot: [u8; 16],
     /// The VM generation id, zero if there is none.
     pub vm_generation: [u8; 16],
+    /// When this run of the agent began, by its wall clock.
+    pub started: PointTime,
     /// The machine's name, for people.
     pub name: String,
     /// What the hashes of offers are.
@@ -26,6 +30,45 @@ pub struct SenderConfig {
     pub proof_every_ns: u64,
     /// Bytes of disk read at once by a heal; a multiple of 64 KiB.
     pub heal_chunk_bytes: u64,
+}
+
+/// A stream as it was left by an agent that ended in order: everything captured was journaled. Only for who knows that no
+/// write has happened since.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct KeptStream {
+    /// The chain it wrote to.
+    pub chain: ChainId,
+    /// The session's generation.
+    pub generation: Generation,
+    /// Newest change; the receiver has it durably.
+    pub released: SequenceNumber,
+    /// The stream's hash there.
+    pub hash: StreamHash,
+    /// Heals started so far: their numbers are not used again.
+    pub heals_started: u64,
+    /// Ranges that no heal had completed.
+    pub lacking: Ranges,
+}
+
+/// How a stream goes on after its sender ended: what the capture keeps beside a ring that outlives the agent.
+///
+/// Holds only for a whole stream: everything after `ring_end` in the ring gets the numbers after `released`, again.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Resumption {
+    /// The chain written to.
+    pub chain: ChainId,
+    /// The generation that numbers belong to.
+    pub generation: Generation,
+    /// The newest change that was journaled and whose request ends at `ring_end`.
+    pub released: SequenceNumber,
+    /// The stream's hash there.
+    pub hash: StreamHash,
+    /// Ring position of the same place.
+    pub ring_end: u64,
+    /// The capture's gap count up to which the stream is known to be whole.
+    pub gap_count: u64,
+    /// Heals started so far: their numbers are not used again.
+    pub heals_started: u64,
 }
 
 /// One request taken from the capture's ring.
@@ -50,8 +93,9 @@ pub struct CaptureReport {
     pub gap_count: u64,
     /// The newest of them, in words.
     pub gap_cause: String,
-    /// A write of the current epoch or a later one did not reach the ring.
-    pub unstreamed: bool,
+    /// What has come to be marked unstreamed, in [`super::Sender::watched_from`] or later epochs, without a gap being
+    /// counted: writes that failed. Also what was reported before, if anything is new.
+    pub unstreamed: Vec<(DiskId, ByteRange)>,
     /// Ring position after the newest complete request.
     pub producer: u64,
 }
@@ -60,7 +104,7 @@ pub struct CaptureReport {
 #[derive(Debug)]
 #[allow(missing_docs)]
 pub enum Event {
-    /// A link to the receiver stands; nothing was sent on it yet.
+    /// A link to the receiver stands; nothing was sent on it yet. `disks` are those of now.
     LinkUp {
         now: SourceTime,
         disks: Vec<DiskGeometry>,
@@ -68,6 +112,9 @@ pub enum Event {
     LinkDown,
     Received(Message),
     Captured(Request),
+    /// Everything in the ring up to here was handed out, or never will be: a capture may throw records away that lie
+    /// beyond a break. Fed before [`Event::Report`] by captures that do.
+    Passed(u64),
     /// Fed after every round of consuming.
     Report(CaptureReport),
     /// `now` was read before the ring was last found empty, if `drained`.

@@ -5,10 +5,12 @@ use bytes::Bytes;
 use super::{HealContent, HealNeed, Hello, Message, OfferHashes, OfferedLeaf, RefusalCode, Resume, Welcome};
 use crate::change::{Change, HealId, SourceTime, StreamHash};
 use crate::codec::{DecodeError, Decoder, Encoder};
+use crate::cut::PointTime;
 use crate::geometry::{ByteRange, DiskGeometry, LEAF_BYTES};
 use crate::leaf::LeafKey;
 use crate::limits;
 use crate::position::{ChainId, DiskId, Generation, InstanceId, MachineId, SequenceNumber};
+use crate::reach::{Ranges, Reach};
 
 /// A message as it travels: a kind, then parts that the transport writes one after another.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -52,6 +54,10 @@ mod kind {
     pub(super) const HEAL_COMMITTED: u8 = 15;
     pub(super) const HEAL_RESTART: u8 = 16;
     pub(super) const BYE: u8 = 17;
+    pub(super) const OFFER_GRANULES: u8 = 18;
+    pub(super) const OFFER_LEAVES: u8 = 19;
+    pub(super) const PING: u8 = 20;
+    pub(super) const PONG: u8 = 21;
 }
 
 impl Message {
@@ -86,16 +92,18 @@ impl Message {
                 out.u64(captured.0).u64(time.0).u64(now.0);
                 kind::PROOF
             }
-            Message::Break { at, cause } => {
-                out.u64(at.0).text(cause);
+            Message::Break { at, reach, cause } => {
+                reach.encode(out.u64(at.0));
+                out.text(cause);
                 kind::BREAK
             }
             Message::Ack { journaled, committed, window_bytes } => {
                 out.u64(journaled.0).u64(committed.0).u64(*window_bytes);
                 kind::ACK
             }
-            Message::HealBegin { heal, p0, whole, hashes, planned_bytes } => {
-                out.u64(heal.0).u64(p0.0).u8(u8::from(*whole)).u64(*planned_bytes);
+            Message::HealBegin { heal, p0, whole, reach, hashes, planned_bytes } => {
+                reach.encode(out.u64(heal.0).u64(p0.0).u8(u8::from(*whole)));
+                out.u64(*planned_bytes);
                 match hashes {
                     OfferHashes::Plain => out.u8(0),
                     OfferHashes::Keyed(key) => out.u8(1).raw(key.expose()),
@@ -103,16 +111,19 @@ impl Message {
                 kind::HEAL_BEGIN
             }
             Message::Offer { heal, offer, disk, start, leaves } => {
-                out.u64(heal.0).u32(*offer).u16(disk.0).u64(*start).varint(leaves.len() as u64);
-                for leaf in leaves {
-                    match leaf {
-                        OfferedLeaf::Zero => out.u8(0),
-                        OfferedLeaf::Hash(hash) => out.u8(1).raw(hash),
-                        OfferedLeaf::Unknown => out.u8(2),
-                        OfferedLeaf::Unreadable => out.u8(3),
-                    };
-                }
+                out.u64(heal.0).u32(*offer).u16(disk.0).u64(*start);
+                encode_offered(leaves, &mut out);
                 kind::OFFER
+            }
+            Message::OfferGranules { heal, offer, disk, start, leaves, granules } => {
+                out.u64(heal.0).u32(*offer).u16(disk.0).u64(*start).u32(*leaves);
+                encode_offered(granules, &mut out);
+                kind::OFFER_GRANULES
+            }
+            Message::OfferLeaves { heal, offer, leaves } => {
+                out.u64(heal.0).u32(*offer);
+                encode_offered(leaves, &mut out);
+                kind::OFFER_LEAVES
             }
             Message::Wants { heal, offer, wanted } => {
                 out.u64(heal.0).u32(*offer).bytes(wanted);
@@ -155,6 +166,8 @@ impl Message {
                 out.u64(heal.0).text(reason);
                 kind::HEAL_RESTART
             }
+            Message::Ping => kind::PING,
+            Message::Pong => kind::PONG,
             Message::Bye { reason } => {
                 out.text(reason);
                 kind::BYE
@@ -190,7 +203,11 @@ impl Message {
                 time: SourceTime(input.u64("proof time")?),
                 now: SourceTime(input.u64("source now")?),
             },
-            kind::BREAK => Message::Break { at: sequence(&mut input)?, cause: reason(&mut input)? },
+            kind::BREAK => Message::Break {
+                at: sequence(&mut input)?,
+                reach: Reach::decode(&mut input)?,
+                cause: reason(&mut input)?,
+            },
             kind::ACK => Message::Ack {
                 journaled: sequence(&mut input)?,
                 committed: sequence(&mut input)?,
@@ -200,6 +217,7 @@ impl Message {
                 heal: heal(&mut input)?,
                 p0: sequence(&mut input)?,
                 whole: input.u8("whole")? != 0,
+                reach: Reach::decode(&mut input)?,
                 planned_bytes: input.u64("planned bytes")?,
                 hashes: match input.u8("hash kind")? {
                     0 => OfferHashes::Plain,
@@ -208,6 +226,12 @@ impl Message {
                 },
             },
             kind::OFFER => decode_offer(&mut input)?,
+            kind::OFFER_GRANULES => decode_offer_of_granules(&mut input)?,
+            kind::OFFER_LEAVES => Message::OfferLeaves {
+                heal: heal(&mut input)?,
+                offer: input.u32("offer")?,
+                leaves: decode_offered(&mut input)?,
+            },
             kind::WANTS => Message::Wants {
                 heal: heal(&mut input)?,
                 offer: input.u32("offer")?,
@@ -221,6 +245,8 @@ impl Message {
             kind::HEAL_ABORT => Message::HealAbort { heal: heal(&mut input)?, cause: reason(&mut input)? },
             kind::HEAL_COMMITTED => Message::HealCommitted { heal: heal(&mut input)? },
             kind::HEAL_RESTART => Message::HealRestart { heal: heal(&mut input)?, reason: reason(&mut input)? },
+            kind::PING => Message::Ping,
+            kind::PONG => Message::Pong,
             kind::BYE => Message::Bye { reason: reason(&mut input)? },
             value => return Err(DecodeError::Undefined { field: "message kind", value: value.into() }),
         };
@@ -246,21 +272,77 @@ fn decode_offer(input: &mut Decoder) -> Result<Message, DecodeError> {
     let offer = input.u32("offer")?;
     let disk = DiskId(input.u16("disk id")?);
     let start = input.u64("offer start")?;
-    let count = input.count("offered leaves", limits::OFFER_HASHES_MAX as u64)?;
-    if count == 0 || start % LEAF_BYTES != 0 || start > limits::DISK_BYTES_MAX {
-        return Err(DecodeError::Inconsistent("an offer is empty, unaligned or beyond any disk"));
-    }
-    let mut leaves = Vec::with_capacity(count);
-    for _ in 0..count {
-        leaves.push(match input.u8("leaf kind")? {
-            0 => OfferedLeaf::Zero,
-            1 => OfferedLeaf::Hash(input.array("leaf hash")?),
-            2 => OfferedLeaf::Unknown,
-            3 => OfferedLeaf::Unreadable,
-            value => return Err(DecodeError::Undefined { field: "leaf kind", value: value.into() }),
-        });
-    }
+    check_offer_start(start)?;
+    let leaves = decode_offered(input)?;
     Ok(Message::Offer { heal, offer, disk, start, leaves })
+}
+
+fn decode_offer_of_granules(input: &mut Decoder) -> Result<Message, DecodeError> {
+    let heal = HealId(input.u64("heal id")?);
+    let offer = input.u32("offer")?;
+    let disk = DiskId(input.u16("disk id")?);
+    let start = input.u64("offer start")?;
+    check_offer_start(start)?;
+    let leaves = input.u32("leaves of the offer")?;
+    if leaves as usize > limits::OFFER_HASHES_MAX {
+        return Err(DecodeError::Inconsistent("an offer of granules covers too many leaves"));
+    }
+    let granules = decode_offered(input)?;
+    if granules.contains(&OfferedLeaf::Unreadable) {
+        return Err(DecodeError::Inconsistent("a granule is known, unknown or zero, never unreadable"));
+    }
+    Ok(Message::OfferGranules { heal, offer, disk, start, leaves, granules })
+}
+
+fn check_offer_start(start: u64) -> Result<(), DecodeError> {
+    if start % LEAF_BYTES != 0 || start > limits::DISK_BYTES_MAX {
+        return Err(DecodeError::Inconsistent("an offer is unaligned or beyond any disk"));
+    }
+    Ok(())
+}
+
+/// Kinds in an offer that share a byte.
+const KINDS_PER_BYTE: usize = 4;
+
+/// Count, two bits of kind for each entry (the first in the lowest bits), then the hashes of those that have one.
+fn encode_offered(offered: &[OfferedLeaf], out: &mut Encoder) {
+    out.varint(offered.len() as u64);
+    for entries in offered.chunks(KINDS_PER_BYTE) {
+        let kind = |entry: &OfferedLeaf| match entry {
+            OfferedLeaf::Zero => 0,
+            OfferedLeaf::Hash(_) => 1,
+            OfferedLeaf::Unknown => 2,
+            OfferedLeaf::Unreadable => 3,
+        };
+        out.u8(entries.iter().enumerate().fold(0, |byte, (index, entry)| byte | kind(entry) << (2 * index)));
+    }
+    for entry in offered {
+        if let OfferedLeaf::Hash(hash) = entry {
+            out.raw(hash);
+        }
+    }
+}
+
+fn decode_offered(input: &mut Decoder) -> Result<Vec<OfferedLeaf>, DecodeError> {
+    // Four entries may share a byte, so the count cannot be held against the bytes that are left.
+    let count = input.varint_max("offered hashes", limits::OFFER_HASHES_MAX as u64)? as usize;
+    if count == 0 {
+        return Err(DecodeError::Inconsistent("an offer is empty"));
+    }
+    let kinds = input.raw(count.div_ceil(KINDS_PER_BYTE), "kinds of an offer")?;
+    let unused = 2 * (kinds.len() * KINDS_PER_BYTE - count);
+    // Bytes that mean nothing would let one message be written in several ways.
+    if kinds.last().is_some_and(|last| unused > 0 && last >> (8 - unused) != 0) {
+        return Err(DecodeError::Inconsistent("kinds follow the last entry of an offer"));
+    }
+    (0..count)
+        .map(|index| match kinds[index / KINDS_PER_BYTE] >> (2 * (index % KINDS_PER_BYTE)) & 3 {
+            0 => Ok(OfferedLeaf::Zero),
+            1 => input.array("offered hash").map(OfferedLeaf::Hash),
+            2 => Ok(OfferedLeaf::Unknown),
+            _ => Ok(OfferedLeaf::Unreadable),
+        })
+        .collect()
 }
 
 fn decode_heal_data(input: &mut Decoder) -> Result<Message, DecodeError> {
@@ -318,6 +400,7 @@ impl Hello {
             }
             Some(resume) => {
                 out.u8(1).raw(&resume.chain.0).u32(resume.generation.0).u64(resume.released.0).u64(resume.sent.0);
+                out.raw(&resume.hash.0);
             }
         }
         out.u8(self.need as u8);
@@ -325,7 +408,7 @@ impl Hello {
             None => out.u8(0),
             Some((chain, sequence)) => out.u8(1).raw(&chain.0).u64(sequence.0),
         };
-        out.u64(self.now.0);
+        self.lacking.encode(out.u64(self.now.0).u64(self.started.0));
     }
 
     fn decode(input: &mut Decoder) -> Result<Hello, DecodeError> {
@@ -344,6 +427,7 @@ impl Hello {
                 generation: generation(input)?,
                 released: SequenceNumber(input.u64("released")?),
                 sent: SequenceNumber(input.u64("sent")?),
+                hash: StreamHash(input.array("stream hash")?),
             }),
             value => return Err(DecodeError::Undefined { field: "resume", value: value.into() }),
         };
@@ -354,7 +438,23 @@ impl Hello {
             value => return Err(DecodeError::Undefined { field: "cleared", value: value.into() }),
         };
         let now = SourceTime(input.u64("source now")?);
-        Ok(Hello { version, machine, instance, boot, vm_generation, name, disks, resume, need, cleared, now })
+        let started = PointTime(input.u64("start of the sender")?);
+        let lacking = Ranges::decode(input)?;
+        Ok(Hello {
+            version,
+            machine,
+            instance,
+            boot,
+            vm_generation,
+            name,
+            disks,
+            resume,
+            need,
+            cleared,
+            now,
+            started,
+            lacking,
+        })
     }
 }
 
@@ -469,10 +569,13 @@ mod tests {
                         generation: Generation(7),
                         released: SequenceNumber(1),
                         sent: SequenceNumber(2),
+                        hash: StreamHash([5; 32]),
                     }),
                     need: HealNeed::Maps,
                     cleared: some.then_some((ChainId(id), SequenceNumber(9))),
                     now: SourceTime(3),
+                    started: PointTime(4),
+                    lacking: Ranges::of([(DiskId(1), ByteRange::new(512, 1024))]),
                 })
             ),
             any::<[u8; 32]>().prop_map(|hash| Message::Welcome(Welcome {
@@ -491,9 +594,16 @@ mod tests {
                 heal,
                 p0: SequenceNumber(1),
                 whole: true,
+                reach: Reach::Machine,
                 hashes: OfferHashes::Keyed(LeafKey::new(key)),
                 planned_bytes: 9,
             }),
+            (any::<u64>(), any_range(1 << 40)).prop_map(|(at, range)| Message::Break {
+                at: SequenceNumber(at),
+                reach: Reach::Ranges(Ranges::of([(DiskId(3), range)])),
+                cause: "a write failed".into(),
+            }),
+            Just(Message::Ping),
             prop::collection::vec(any::<Option<[u8; 16]>>(), 1..50).prop_map(|leaves| Message::Offer {
                 heal: HealId(1),
                 offer: 2,
@@ -501,6 +611,27 @@ mod tests {
                 start: 8192,
                 leaves: leaves.into_iter().map(|hash| hash.map_or(OfferedLeaf::Zero, OfferedLeaf::Hash)).collect(),
             }),
+            (prop::collection::vec(0u8..3, 1..50), any::<[u8; 16]>(), any::<bool>()).prop_map(
+                |(kinds, hash, first)| {
+                    let entry = |kind: &u8| match kind {
+                        0 => OfferedLeaf::Zero,
+                        1 => OfferedLeaf::Hash(hash),
+                        _ => OfferedLeaf::Unknown,
+                    };
+                    let offered: Vec<OfferedLeaf> = kinds.iter().map(entry).collect();
+                    match first {
+                        true => Message::OfferGranules {
+                            heal: HealId(1),
+                            offer: 2,
+                            disk: DiskId(3),
+                            start: 4096,
+                            leaves: 700,
+                            granules: offered,
+                        },
+                        false => Message::OfferLeaves { heal: HealId(1), offer: 2, leaves: offered },
+                    }
+                }
+            ),
             prop::collection::vec(any::<bool>(), 1..50).prop_map(|wanted| Message::Wants {
                 heal: HealId(1),
                 offer: 2,
@@ -534,6 +665,19 @@ mod tests {
             let _ = Message::decode(frame.kind, body.clone().into());
             let _ = Message::decode(to, body.into());
         }
+    }
+
+    #[test]
+    fn golden_offer_frame() {
+        let leaves = vec![OfferedLeaf::Hash([9; 16]), OfferedLeaf::Zero, OfferedLeaf::Unknown, OfferedLeaf::Zero];
+        let leaves = [&leaves[..], &[OfferedLeaf::Hash([8; 16])]].concat();
+        let frame = Message::OfferLeaves { heal: HealId(3), offer: 7, leaves }.encode();
+        assert_eq!(frame.kind, 19);
+        let head = [3, 0, 0, 0, 0, 0, 0, 0, 7, 0, 0, 0, 5, 0b0010_0001, 1];
+        assert_eq!(frame.body().to_vec(), [&head[..], &[9; 16], &[8; 16]].concat());
+        let mut sloppy = frame.body().to_vec();
+        sloppy[14] |= 4;
+        assert!(Message::decode(19, sloppy.into()).is_err(), "one message has one form");
     }
 
     /// The bytes of version 1 as they were first written; a change here breaks running agents.

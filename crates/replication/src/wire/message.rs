@@ -3,11 +3,13 @@
 use bytes::Bytes;
 
 use crate::change::{Change, HealId, SourceTime, StreamHash};
+use crate::cut::PointTime;
 use crate::geometry::{ByteRange, DiskGeometry};
 use crate::leaf::LeafKey;
 #[cfg(doc)]
 use crate::limits;
 use crate::position::{ChainId, DiskId, Generation, InstanceId, MachineId, SequenceNumber};
+use crate::reach::{Ranges, Reach};
 
 /// Version of this protocol.
 pub const PROTOCOL_VERSION: u16 = 1;
@@ -23,6 +25,8 @@ pub struct Resume {
     pub released: SequenceNumber,
     /// The newest position the sender assigned.
     pub sent: SequenceNumber,
+    /// The stream's hash at `released`.
+    pub hash: StreamHash,
 }
 
 /// What only a heal can provide, in the sender's judgement.
@@ -61,6 +65,10 @@ pub struct Hello {
     pub cleared: Option<(ChainId, SequenceNumber)>,
     /// Its monotonic clock now.
     pub now: SourceTime,
+    /// When this run of the agent began, by its wall clock: tells a new run from one that was forgotten.
+    pub started: PointTime,
+    /// Ranges that the sender still lacks although its stream is whole: their own heal is to come.
+    pub lacking: Ranges,
 }
 
 /// First message of a receiver that accepts.
@@ -105,7 +113,7 @@ pub enum RefusalCode {
     Protocol,
 }
 
-/// One leaf of an offer.
+/// One leaf of an offer, or one granule.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum OfferedLeaf {
     /// All zeroes.
@@ -169,8 +177,10 @@ pub enum Message {
         now: SourceTime,
     },
     /// Nothing after `at` can be opened until a heal ends.
+    /// Of ranges: the same for them, while the rest goes on.
     Break {
         at: SequenceNumber,
+        reach: Reach,
         cause: String,
     },
     /// `window_bytes`: see [`Welcome`].
@@ -184,6 +194,7 @@ pub enum Message {
         heal: HealId,
         p0: SequenceNumber,
         whole: bool,
+        reach: Reach,
         hashes: OfferHashes,
         planned_bytes: u64,
     },
@@ -195,7 +206,23 @@ pub enum Message {
         start: u64,
         leaves: Vec<OfferedLeaf>,
     },
-    /// Bit i of `wanted`: send leaf i of the offer.
+    /// Names of the consecutive granules that `leaves` leaves from `start` touch; see [`crate::offers`]. Only a heal with
+    /// keyed hashes offers them.
+    OfferGranules {
+        heal: HealId,
+        offer: u32,
+        disk: DiskId,
+        start: u64,
+        leaves: u32,
+        granules: Vec<OfferedLeaf>,
+    },
+    /// The leaves of the granules that were wanted of an offer, in order.
+    OfferLeaves {
+        heal: HealId,
+        offer: u32,
+        leaves: Vec<OfferedLeaf>,
+    },
+    /// Bit i of `wanted`: send leaf i of the offer, or offer the leaves of its granule i.
     Wants {
         heal: HealId,
         offer: u32,
@@ -231,6 +258,10 @@ pub enum Message {
         heal: HealId,
         reason: String,
     },
+    /// Are you there? Asked of a sender that was not heard of.
+    Ping,
+    /// I am.
+    Pong,
     /// Sender's orderly good-bye.
     Bye {
         reason: String,
