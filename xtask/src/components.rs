@@ -52,7 +52,11 @@ pub(crate) const FOR_TESTS: &[Component] = &[
     qemu("qemu-nbd"),
     e2fsprogs("mke2fs"),
     e2fsprogs("e2fsck"),
+    e2fsprogs("mkfs.ext4"),
     component("python3", &["python3"], &["python3"], &["python3"], &["python"]),
+    component("clang", &["clang"], &["clang"], &["clang"], &["clang"]),
+    component("llvm-strip", &["llvm"], &["llvm"], &["llvm"], &["llvm"]),
+    component("losetup", &["mount"], &["util-linux"], &["util-linux"], &["util-linux"]),
 ];
 
 /// What the benchmarks compare with and build their disk with.

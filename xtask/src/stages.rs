@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 
+use crate::bpf;
 use crate::components::{self, Permission};
 use crate::process::{self, find_program, run_watching};
 use crate::skips::{self, AllowList};
@@ -88,6 +89,7 @@ const STAGES: &[Stage] = &[
     stage("components", "programs the tests use are installed", components_stage),
     stage("fmt", "the code is formatted", format_stage),
     stage("tidy", "rules about the source tree", tidy_stage),
+    stage("bpf", "the committed capture programs are what their source builds to", bpf_stage),
     stage("clippy", "no lint complains", clippy_stage),
     Stage { gate: true, ..stage("build", "everything builds, tests included", build_stage) },
     stage("tests", "unit, property, golden and process tests", tests_stage),
@@ -289,6 +291,13 @@ fn clippy_stage(session: &Session) -> Result<Outcome> {
 fn tidy_stage(_session: &Session) -> Result<Outcome> {
     ensure!(tidy::run()?, "the source tree breaks rules, see above");
     Ok(Outcome::Passed)
+}
+
+fn bpf_stage(session: &Session) -> Result<Outcome> {
+    match bpf::check(&session.workspace)? {
+        bpf::Checked::Same => Ok(Outcome::Passed),
+        bpf::Checked::Unknown(why) => Ok(session.skip(format!("bpf object: {why}"))),
+    }
 }
 
 fn build_stage(session: &Session) -> Result<Outcome> {

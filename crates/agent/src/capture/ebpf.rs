@@ -1,0 +1,580 @@
+//! Capture by eBPF: programs in the kernel see every write of the protected disks, whoever makes it.
+//!
+//! ```text
+//! bio ─► block_bio_queue ─► mark uncommitted, note the flight ─► copy into the ring, or mark unstreamed ─► driver
+//!                                                                  │
+//! completion ─► end the flight; failed or never seen: mark unstreamed
+//!                                                                  ▼
+//!                                        EbpfCapture::next ─► Assembler ─► Captured
+//! ```
+//!
+//! * `bpf/capture.bpf.c`: the programs. [`layout`]: what they share with the agent. [`loader`]: installs or adopts them.
+//! * [`kernel`]: shared memory, the ring, system calls; all `unsafe` of this capture. [`assemble`]: records to requests.
+//! * [`reading`]: what of the ring is handed out. [`epochs`]: the maps of each epoch.
+//! * [`ledger`]: what an agent keeps for its successor. [`grace`]: when an epoch can be read by nobody any more.
+//! * [`support`]: what this machine and these disks offer.
+//!
+//! Everything lives in kernel memory pinned in the BPF file system, so a killed agent loses nothing: its successor goes on
+//! where the ring was released, and if the ring overflowed meanwhile, the maps say what to heal. A reboot loses all of it,
+//! and the disks are compared.
+//!
+//! Invariants:
+//! * A write is marked before it reaches the driver, in every mode.
+//! * Nothing is handed out that lies at or after a position where the ring lacks something, until a rotation.
+//! * Ring space is freed only as far as no record of an open bio lies there.
+//! * What the ledger says about the stream holds for every position that was ever freed.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use replication::limits::DISKS_MAX;
+use replication::maps::{MAPS_BYTES_MAX, MapScale};
+use replication::sender::Resumption;
+use replication::{ByteRange, DiskGeometry, DiskId, Epoch, MachineId, MarkerKind, SourceTime};
+use world::{BlockDevice, BlockError, Clock, FileDevice};
+
+use super::{Capture, CaptureStatus, Captured, Continuity, GapCause, Mode, RingPosition};
+
+mod assemble;
+mod epochs;
+mod grace;
+mod kernel;
+mod layout;
+mod ledger;
+mod loader;
+mod reading;
+pub mod support;
+#[cfg(test)]
+mod tests;
+
+use assemble::Assembler;
+use epochs::{slot_of, unstreamed};
+use grace::Grace;
+use layout::{Control, Cpu, GAP_CAUSES, MAPS_PER_DISK, SLOTS, Target, WORD_SHIFT, WORD_TRACK};
+use loader::Installed;
+use reading::cause_of;
+
+pub use loader::remove;
+
+/// Smallest ring in bytes: the largest bio that block devices commonly take, several times.
+pub const RING_BYTES_MIN: u64 = 8 << 20;
+/// Largest ring in bytes that the kernel makes.
+pub const RING_BYTES_MAX: u64 = 1 << 31;
+
+/// How the programs copy. Chosen by what the kernel accepts, in this order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Variant {
+    /// One record a bio; Linux 5.19 and newer.
+    Dynptr,
+    /// Records of 4 KiB; Linux 5.8 and newer.
+    Bounded,
+}
+
+/// A disk to protect.
+#[derive(Debug, Clone)]
+pub struct EbpfDisk {
+    /// Its description; the size is the device's.
+    pub geometry: DiskGeometry,
+    /// The block device: a whole disk or a partition.
+    pub path: PathBuf,
+}
+
+/// What a capture needs to know.
+#[derive(Debug, Clone)]
+pub struct EbpfConfig {
+    /// The protected machine.
+    pub machine: MachineId,
+    /// Where in the BPF file system the programs and maps are kept. One agent each.
+    pub pins: PathBuf,
+    /// Size of the ring in bytes; rounded down to a power of two between [`RING_BYTES_MIN`] and [`RING_BYTES_MAX`].
+    pub ring_bytes_max: u64,
+    /// What to try, in this order.
+    pub variants: Vec<Variant>,
+}
+
+/// Why a capture did not open. The disks are as they were; nothing is captured.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenEbpfError {
+    /// The machine cannot do it.
+    #[error("{0}")]
+    Unsupported(String),
+    /// A disk cannot be captured.
+    #[error("{path} cannot be captured: {why}", path = path.display())]
+    Disk {
+        /// The device.
+        path: PathBuf,
+        /// In words.
+        why: String,
+    },
+    /// Too many disks, or one twice.
+    #[error("a machine has at most {DISKS_MAX} disks, each on a device of its own")]
+    Disks,
+    /// The ring is too large for this kernel.
+    #[error("the send buffer is larger than {RING_BYTES_MAX} bytes")]
+    RingSize,
+    /// The kernel does not describe its types.
+    #[error("the kernel's type information cannot be used: {0}")]
+    Btf(String),
+    /// The kernel does not take the programs.
+    #[error("the kernel refuses the capture programs: {0}")]
+    Refused(String),
+    /// The programs cannot find the memory of writes.
+    #[error("the capture programs cannot find the kernel's memory: {0}")]
+    Calibration(String),
+    /// The BPF file system cannot be used.
+    #[error("{path} cannot be used", path = path.display())]
+    Pins {
+        /// The directory of the pins.
+        path: PathBuf,
+        /// What the system said.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The system refused something.
+    #[error("the system refused a part of the capture")]
+    System(#[source] std::io::Error),
+}
+
+/// What passed through since the programs were attached.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct EbpfStatistics {
+    /// Requests that changed a disk.
+    pub changes: u64,
+    /// Data bytes written.
+    pub written_bytes: u64,
+    /// Requests that were only marked.
+    pub tracked: u64,
+    /// Requests that a disk refused.
+    pub failed: u64,
+}
+
+/// The counters of a capture. Clones are the same.
+#[derive(Clone)]
+pub struct EbpfCounters(Arc<Installed>);
+
+impl EbpfCounters {
+    /// Counters now.
+    pub fn statistics(&self) -> EbpfStatistics {
+        let sum = |at| self.0.sum(at);
+        EbpfStatistics {
+            changes: sum(Cpu::WRITES) + sum(Cpu::ZEROES) + sum(Cpu::DISCARDS),
+            written_bytes: sum(Cpu::WRITTEN_BYTES),
+            tracked: sum(Cpu::TRACKED),
+            failed: sum(Cpu::FAILED),
+        }
+    }
+}
+
+/// What pins were made for. Others do not fit.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Shape {
+    /// Of the machine and its disks: numbers, devices, sizes, serials.
+    digest: [u64; 2],
+    ring_bytes: u64,
+    /// Bytes of one map over all disks: a multiple of eight.
+    map_cells: u64,
+    granule_shift: u32,
+}
+
+impl Shape {
+    fn dirty_bytes(&self) -> usize {
+        (MAPS_PER_DISK as u64 * self.map_cells).next_multiple_of(kernel::PAGE_BYTES as u64) as usize
+    }
+}
+
+/// Records of these epochs from this position on are not handed out: something before them is missing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Refusal {
+    from: u64,
+    epoch: u32,
+}
+
+/// The word before the first rotation.
+fn opening_word() -> u64 {
+    1 << WORD_SHIFT | WORD_TRACK
+}
+
+struct Disk {
+    geometry: DiskGeometry,
+    device: FileDevice,
+    /// First cell of it within each map.
+    first_cell: usize,
+}
+
+/// The capture. One for each set of pins.
+pub struct EbpfCapture {
+    installed: Arc<Installed>,
+    disks: Vec<Disk>,
+    index: BTreeMap<DiskId, usize>,
+    shape: Shape,
+    scale: MapScale,
+    clock: Arc<dyn Clock>,
+    grace: Grace,
+    continuity: Continuity,
+    resumption: Option<Resumption>,
+    assembler: Assembler,
+    /// Read up to here; looked at, at most up to `seen`.
+    read: u64,
+    seen: u64,
+    /// Handed out up to here, and released up to here.
+    handed: u64,
+    released: u64,
+    /// Where requests ended that lie between records of others, and how far the ring can be freed there.
+    held_back: Vec<(u64, u64)>,
+    /// What ends at or before this position is known to be journaled, or not wanted.
+    skip_through: u64,
+    refusals: Vec<Refusal>,
+    /// No record is older than this: that much was already said of the time before.
+    not_before: SourceTime,
+    /// Counted here: what only the reader notices.
+    incomplete: u64,
+    /// Gaps by cause when a break was last taken, and what had changed.
+    gaps_seen: [u64; GAP_CAUSES],
+    cause: Option<GapCause>,
+    /// The epochs up to this one were opened by a predecessor.
+    inherited: Epoch,
+}
+
+impl EbpfCapture {
+    /// Goes on with the capture pinned for exactly these disks, or begins one, in track mode.
+    ///
+    /// # Errors
+    /// See [`OpenEbpfError`]. What a predecessor pinned for other disks is gone then.
+    pub fn open(
+        disks: Vec<EbpfDisk>,
+        clock: Arc<dyn Clock>,
+        config: &EbpfConfig,
+    ) -> Result<EbpfCapture, OpenEbpfError> {
+        support::check_machine().map_err(OpenEbpfError::Unsupported)?;
+        let mounted = support::provide_pin_directory(&config.pins);
+        mounted.map_err(|source| OpenEbpfError::Pins { path: config.pins.clone(), source })?;
+        if disks.len() > DISKS_MAX {
+            return Err(OpenEbpfError::Disks);
+        }
+        let sizes: Vec<u64> = disks.iter().map(|disk| disk.geometry.size_bytes).collect();
+        let scale = MapScale::fitting(&sizes, MAPS_PER_DISK as u64, MAPS_BYTES_MAX);
+        let mut targets = Vec::new();
+        let mut opened = Vec::new();
+        let mut cells = 0;
+        support::check_layers(&disks).map_err(|(path, why)| OpenEbpfError::Disk { path, why })?;
+        for disk in disks {
+            let place =
+                support::place_of(&disk.path).map_err(|why| OpenEbpfError::Disk { path: disk.path.clone(), why })?;
+            let device = FileDevice::open_direct(&disk.path)
+                .map_err(|error| OpenEbpfError::Disk { path: disk.path.clone(), why: error.to_string() })?;
+            let (start, sectors) = (place.start_sector, disk.geometry.size_bytes / 512);
+            let number = opened.len() as u32;
+            let target = Target { start, end: start + sectors, first_cell: cells as u64, disk: number, reserved: 0 };
+            if targets.iter().any(|(device, _)| *device == place.device) {
+                return Err(OpenEbpfError::Disks);
+            }
+            targets.push((place.device, target));
+            let first_cell = cells;
+            cells += scale.cells(disk.geometry.size_bytes);
+            opened.push(Disk { geometry: disk.geometry, device, first_cell });
+        }
+        let ring = config.ring_bytes_max.clamp(RING_BYTES_MIN, RING_BYTES_MAX);
+        let shape = Shape {
+            digest: digest(config.machine, &opened, &targets),
+            ring_bytes: 1 << ring.ilog2(),
+            map_cells: (cells as u64).next_multiple_of(8),
+            granule_shift: scale.granule_bytes().trailing_zeros(),
+        };
+        let adopted = loader::adopt(&config.pins, &shape)?;
+        let is_adopted = adopted.is_some();
+        let installed = match adopted {
+            Some(installed) => installed,
+            None => loader::install(&config.pins, &shape, &targets, &config.variants)
+                .inspect_err(|_| drop(remove(&config.pins)))?,
+        };
+        EbpfCapture::around(installed, opened, shape, scale, clock, is_adopted)
+    }
+
+    fn around(
+        installed: Installed,
+        disks: Vec<Disk>,
+        shape: Shape,
+        scale: MapScale,
+        clock: Arc<dyn Clock>,
+        is_adopted: bool,
+    ) -> Result<EbpfCapture, OpenEbpfError> {
+        let index = disks.iter().enumerate().map(|(index, disk)| (disk.geometry.disk, index)).collect();
+        let consumer = installed.ring.consumer();
+        let resumption = installed.ledger.resumption().filter(|_| is_adopted);
+        let refusals = installed.ledger.refusal().into_iter().collect();
+        let mut capture = EbpfCapture {
+            grace: Grace::start().map_err(OpenEbpfError::System)?,
+            continuity: if is_adopted { Continuity::SameBoot } else { Continuity::Fresh },
+            skip_through: resumption.as_ref().map_or_else(|| installed.ring.producer(), |kept| kept.ring_end),
+            installed: Arc::new(installed),
+            disks,
+            index,
+            shape,
+            scale,
+            clock,
+            resumption,
+            assembler: Assembler::default(),
+            read: consumer,
+            seen: consumer,
+            handed: consumer,
+            released: consumer,
+            held_back: Vec::new(),
+            refusals,
+            not_before: SourceTime(0),
+            incomplete: 0,
+            gaps_seen: [0; GAP_CAUSES],
+            cause: None,
+            inherited: Epoch(0),
+        };
+        let epoch = capture.epoch();
+        if is_adopted {
+            capture.inherited = epoch;
+            tracing::info!(epoch = epoch.0, continues = capture.resumption.is_some(), "capture adopted");
+        } else {
+            for disk in 0..capture.disks.len() {
+                capture.require_whole_index(disk);
+            }
+        }
+        // A predecessor may have been killed between a rotation and the end of its grace period.
+        capture.grace.begin(epoch);
+        Ok(capture)
+    }
+
+    /// A view of its counters for other threads.
+    pub fn counters(&self) -> EbpfCounters {
+        EbpfCounters(self.installed.clone())
+    }
+
+    fn word(&self) -> u64 {
+        self.installed.control.word(Control::WORD).load(Ordering::SeqCst)
+    }
+
+    fn epoch(&self) -> Epoch {
+        Epoch((self.word() >> WORD_SHIFT) as u32)
+    }
+
+    fn index(&self, disk: DiskId) -> usize {
+        *self.index.get(&disk).expect("the engine names only disks that this capture told it of")
+    }
+
+    /// A counter over all CPUs.
+    fn sum(&self, at: usize) -> u64 {
+        self.installed.sum(at)
+    }
+
+    fn gaps(&self) -> [u64; GAP_CAUSES] {
+        std::array::from_fn(|cause| self.sum(Cpu::GAPS + 8 * cause))
+    }
+}
+
+fn digest(machine: MachineId, disks: &[Disk], targets: &[(u64, Target)]) -> [u64; 2] {
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(&machine.0).update(&layout::VERSION.to_le_bytes());
+    for (disk, (device, target)) in disks.iter().zip(targets) {
+        let serial = disk.geometry.identity.serial.as_bytes();
+        hasher.update(&disk.geometry.disk.0.to_le_bytes()).update(&device.to_le_bytes()).update(&target.bytes());
+        hasher.update(&(serial.len() as u64).to_le_bytes()).update(serial);
+    }
+    let hash = hasher.finalize();
+    let word = |at: usize| u64::from_le_bytes(*hash.as_bytes()[at..].first_chunk().expect("a hash has 32 bytes"));
+    [word(0), word(8)]
+}
+
+impl Capture for EbpfCapture {
+    fn disks(&self) -> Vec<DiskGeometry> {
+        self.disks.iter().map(|disk| disk.geometry.clone()).collect()
+    }
+
+    fn next(&mut self) -> Option<Captured> {
+        let found = self.next_request();
+        if found.is_none() {
+            // The caller may now claim that nothing happened until this moment: a program that took its time from the
+            // clock before and appends only now must not contradict it.
+            self.not_before = self.not_before.max(SourceTime(self.clock.monotonic().0));
+        }
+        found
+    }
+
+    fn rewind(&mut self, to: RingPosition) {
+        let safe = self.held_back.iter().find(|(end, _)| *end == to.0).map_or(to.0, |(_, safe)| *safe);
+        self.assembler.clear();
+        (self.read, self.seen, self.handed) = (safe, safe, to.0);
+        self.skip_through = self.skip_through.max(to.0);
+        self.held_back.retain(|(end, _)| *end <= to.0);
+    }
+
+    fn release(&mut self, through: RingPosition) {
+        if through.0 <= self.released {
+            return;
+        }
+        self.released = through.0;
+        if self.released >= self.handed {
+            self.held_back.clear();
+            self.free_skipped();
+            return;
+        }
+        // What ends later but began before was known to be open when this request was handed out.
+        let open = self.held_back.iter().find(|(end, _)| *end == through.0);
+        let free = open.map_or(through.0, |(_, safe)| *safe);
+        if free > self.installed.ring.consumer() {
+            self.installed.ring.free(free);
+        }
+        self.held_back.retain(|(end, _)| *end > through.0);
+    }
+
+    fn status(&self) -> CaptureStatus {
+        // Before the producer's position: see the field's promise.
+        let gaps = self.gaps();
+        let misses = self.installed.misses();
+        let gap_count = gaps.iter().fold(misses + self.incomplete, |sum, gap| sum.wrapping_add(*gap));
+        // A program that the kernel did not run has left no break to take.
+        let gap_cause = self.cause.or(cause_of(gaps)).or((gap_count > 0).then_some(GapCause::MissedSubmission));
+        let unstreamed_count = (0..SLOTS).map(|slot| self.unstreamed_in(slot)).fold(0, u64::wrapping_add);
+        let producer = self.installed.ring.producer();
+        let word = self.word();
+        let broken = self.installed.control.half(Control::BROKEN).load(Ordering::SeqCst) != 0;
+        CaptureStatus {
+            gap_count,
+            gap_cause,
+            producer: RingPosition(producer),
+            ring_bytes_used: producer - self.installed.ring.consumer(),
+            ring_bytes_max: self.installed.ring.bytes(),
+            epoch: Epoch((word >> WORD_SHIFT) as u32),
+            mode: if broken || word & WORD_TRACK != 0 { Mode::Track } else { Mode::Stream },
+            unstreamed_count,
+        }
+    }
+
+    fn rotate(&mut self, mode: Mode) -> Option<Epoch> {
+        let current = self.epoch();
+        let (epoch, slot) = (current.next(), slot_of(current.next()));
+        if !self.grace.has_passed(current) {
+            return None;
+        }
+        if let Some(occupant) = self.installed.ledger.occupant(slot) {
+            // Nobody waits for the commits of a predecessor's epochs any more: what they name is kept for the next heal.
+            if occupant >= self.inherited || !self.is_still(slot) || self.marked_unstreamed(slot) {
+                return None;
+            }
+            self.fold_slot(slot);
+        }
+        // A break of the old epochs must not be taken for one of the new.
+        self.take_breaks();
+        self.installed.ledger.set_marks_before(slot, self.unstreamed_in(slot));
+        self.installed.ledger.occupy(slot, Some(epoch));
+        let track = if mode == Mode::Track { WORD_TRACK } else { 0 };
+        self.installed.control.half(Control::BROKEN).store(0, Ordering::SeqCst);
+        self.installed.control.word(Control::WORD).store(u64::from(epoch.0) << WORD_SHIFT | track, Ordering::SeqCst);
+        self.grace.begin(epoch);
+        // Epochs so old have no records any more.
+        self.refusals.retain(|refusal| refusal.epoch + SLOTS as u32 >= epoch.0);
+        if self.refusals.is_empty() {
+            self.installed.ledger.refuse(None);
+        }
+        Some(epoch)
+    }
+
+    fn settled(&self, epoch: Epoch) -> bool {
+        epoch <= self.epoch()
+            && self.grace.has_passed(epoch)
+            && self.occupants().all(|(slot, occupant)| occupant >= epoch || self.is_still(slot))
+    }
+
+    fn fold(&mut self, epoch: Epoch) {
+        assert!(self.settled(epoch), "maps are folded only when nobody can mark in them any more");
+        let older: Vec<usize> = self.occupants().filter(|(_, it)| *it < epoch).map(|(slot, _)| slot).collect();
+        older.into_iter().for_each(|slot| self.fold_slot(slot));
+    }
+
+    fn heal_set(&self, disk: DiskId) -> Vec<ByteRange> {
+        let index = self.index(disk);
+        if self.installed.ledger.whole() >> index & 1 == 1 {
+            return ByteRange::between(0, self.disks[index].geometry.size_bytes).into_iter().collect();
+        }
+        self.map(0, index).ranges()
+    }
+
+    fn require_whole(&mut self, disk: DiskId) {
+        self.require_whole_index(self.index(disk));
+        // A stream that goes on as if nothing were in doubt would never be healed.
+        self.keep(None);
+    }
+
+    fn clear_heal_set(&mut self) {
+        (0..self.disks.len()).for_each(|disk| self.map(0, disk).clear());
+        self.installed.ledger.set_whole(0);
+    }
+
+    fn clear(&mut self, epoch: Epoch) {
+        let slot = slot_of(epoch);
+        if self.installed.ledger.occupant(slot) != Some(epoch) {
+            return;
+        }
+        assert!(self.settled(epoch.next()), "maps are cleared only when nobody can mark in them any more");
+        assert!(!self.marked_unstreamed(slot), "an epoch with unstreamed writes is folded, never cleared");
+        self.empty_slot(slot);
+    }
+
+    fn has_unstreamed(&self, epoch: Epoch) -> bool {
+        self.occupants().any(|(slot, occupant)| occupant >= epoch && self.marked_unstreamed(slot))
+    }
+
+    fn unstreamed(&self, epoch: Epoch) -> Vec<(DiskId, ByteRange)> {
+        let recent: Vec<usize> = self
+            .occupants()
+            .filter(|(slot, occupant)| *occupant >= epoch && self.marked_unstreamed(*slot))
+            .map(|(slot, _)| slot)
+            .collect();
+        let mut found = Vec::new();
+        for (index, disk) in self.disks.iter().enumerate() {
+            for &slot in &recent {
+                let whole = self.whole_flag(slot, index).load(Ordering::SeqCst) != 0;
+                let all = ByteRange::between(0, disk.geometry.size_bytes).filter(|_| whole);
+                let marked = if whole { Vec::new() } else { self.map(unstreamed(slot), index).ranges() };
+                found.extend(all.into_iter().chain(marked).map(|range| (disk.geometry.disk, range)));
+            }
+        }
+        found
+    }
+
+    fn passed(&self) -> RingPosition {
+        RingPosition(self.read)
+    }
+
+    fn keep(&mut self, resumption: Option<Resumption>) {
+        self.resumption = None;
+        self.installed.ledger.keep(resumption.as_ref());
+    }
+
+    fn resumption(&self) -> Option<Resumption> {
+        self.resumption.clone()
+    }
+
+    fn mark(&mut self, kind: MarkerKind, name: &str) -> bool {
+        if name.len() > layout::NAME_BYTES_MAX {
+            return false;
+        }
+        let control = &self.installed.control;
+        let place = control.cells(Control::MARKER_NAME..Control::MARKER_NAME + name.len());
+        place.iter().zip(name.as_bytes()).for_each(|(cell, byte)| cell.store(*byte, Ordering::SeqCst));
+        control.half(Control::MARKER_BYTES).store(name.len() as u32, Ordering::SeqCst);
+        control.half(Control::MARKER_KIND).store(assemble::marker_code(&kind), Ordering::SeqCst);
+        match self.installed.emit_marker() {
+            Ok(taken) => taken,
+            Err(error) => {
+                tracing::warn!(%error, "a marker could not be put into the send buffer");
+                false
+            }
+        }
+    }
+
+    fn continuity(&self) -> Continuity {
+        self.continuity.clone()
+    }
+
+    fn read(&self, disk: DiskId, offset: u64, buffer: &mut [u8]) -> Result<(), BlockError> {
+        self.disks[self.index(disk)].device.read_at(offset, buffer)
+    }
+}
