@@ -13,6 +13,8 @@ pub mod capture;
 pub mod config;
 pub mod disks;
 pub mod engine;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 pub mod service;
 pub mod state;
 pub mod status;

@@ -18,6 +18,8 @@ pub mod device;
 pub mod error;
 pub mod export;
 pub mod failback;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 mod history_view;
 pub mod home_disk;
 pub mod home_wire;
