@@ -10,12 +10,15 @@
 //! heal_chunk_bytes = 262144                   # disk bytes read at once by a heal; a multiple of 65536
 //! nbd_socket = "/run/farshore-agent/nbd.sock" # default: nbd.sock in state_dir
 //! nbd_tcp = "127.0.0.1:10809"                 # optional, loopback only
+//! ebpf_pins = "/sys/fs/bpf/farshore-agent"    # where the kernel keeps the capture; one place for each agent
 //!
 //! [[disk]]
 //! name = "root"                               # how the product calls the disk; never changes
 //! path = "/srv/images/root.img"               # image file or block device
 //! serial = "WD-1234"                          # optional; a block device must have it, an image file gets it
 //! export = "root"                             # its NBD export; default: its name
+//! capture = "auto"                            # "ebpf" sees every write of a block device, "splitter" those made through
+//!                                             # the NBD export; auto: ebpf where all disks and the kernel allow it
 //! ```
 
 use std::net::SocketAddr;
@@ -41,6 +44,8 @@ pub const PROOF_EVERY_MS_DEFAULT: u64 = 500;
 pub const HEAL_CHUNK_BYTES_DEFAULT: u64 = 256 << 10;
 /// Most bytes of disk that a heal reads at once: keeps its chunks within the agent's memory budget.
 pub const HEAL_CHUNK_BYTES_MAX: u64 = 1 << 20;
+/// Where the kernel keeps a capture by default.
+pub const EBPF_PINS_DEFAULT: &str = "/sys/fs/bpf/farshore-agent";
 /// Process server addresses at most.
 pub const SERVER_ADDRESSES_MAX: usize = 16;
 /// Longest path of a unix socket that Linux takes, in bytes.
@@ -76,6 +81,9 @@ pub struct AgentConfig {
     /// A loopback address on which the disks are served as well.
     #[serde(default)]
     pub nbd_tcp: Option<SocketAddr>,
+    /// Where in the BPF file system the capture is kept. None: `/sys/fs/bpf/farshore-agent`.
+    #[serde(default)]
+    pub ebpf_pins: Option<PathBuf>,
     /// The protected disks.
     #[serde(default, rename = "disk")]
     pub disks: Vec<DiskConfig>,
@@ -95,9 +103,36 @@ pub struct DiskConfig {
     /// The name of its NBD export. None: its name.
     #[serde(default)]
     pub export: Option<String>,
+    /// How its writes are captured.
+    #[serde(default)]
+    pub capture: CaptureChoice,
+}
+
+/// How a disk's writes are captured. All disks of a machine get the same.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum CaptureChoice {
+    /// By eBPF if every disk is a block device and the machine offers it, otherwise by the splitter.
+    #[default]
+    Auto,
+    /// By programs in the kernel, which see every write, whoever makes it.
+    Ebpf,
+    /// By serving the disk: only writes through its NBD export are seen.
+    Splitter,
 }
 
 impl DiskConfig {
+    /// A disk with every default.
+    pub fn new(name: &str, path: &Path) -> DiskConfig {
+        DiskConfig {
+            name: name.to_owned(),
+            path: path.to_owned(),
+            serial: None,
+            export: None,
+            capture: CaptureChoice::Auto,
+        }
+    }
+
     /// The name of its NBD export.
     pub fn export_name(&self) -> &str {
         self.export.as_deref().unwrap_or(&self.name)
@@ -133,6 +168,7 @@ impl AgentConfig {
             heal_chunk_bytes: HEAL_CHUNK_BYTES_DEFAULT,
             nbd_socket: None,
             nbd_tcp: None,
+            ebpf_pins: None,
             disks: Vec::new(),
         }
     }
@@ -194,6 +230,9 @@ impl AgentConfig {
                 "disks are served in the clear: use 127.0.0.1, or the unix socket",
             ));
         }
+        if !self.ebpf_pins().is_absolute() {
+            return Err(wrong("ebpf_pins is not an absolute path", "name a directory below /sys/fs/bpf"));
+        }
         for socket in [self.nbd_socket(), self.control_socket()] {
             if socket.as_os_str().len() > SOCKET_PATH_BYTES_MAX {
                 return Err(wrong(
@@ -241,6 +280,11 @@ impl AgentConfig {
     /// The unix socket on which the disks are served.
     pub fn nbd_socket(&self) -> PathBuf {
         self.nbd_socket.clone().unwrap_or_else(|| self.state_dir.join("nbd.sock"))
+    }
+
+    /// Where in the BPF file system the capture is kept.
+    pub fn ebpf_pins(&self) -> PathBuf {
+        self.ebpf_pins.clone().unwrap_or_else(|| PathBuf::from(EBPF_PINS_DEFAULT))
     }
 
     /// The unix socket on which the running agent is asked and told things.

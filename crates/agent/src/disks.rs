@@ -60,6 +60,11 @@ pub struct FoundDisk {
 }
 
 impl FoundDisk {
+    /// The image file or block device.
+    pub fn path(&self) -> &Path {
+        self.device.path()
+    }
+
     /// The disk for the splitter.
     pub fn protected(&self) -> ProtectedDisk {
         ProtectedDisk { geometry: self.geometry.clone(), device: self.device.clone() }
@@ -289,7 +294,7 @@ mod tests {
     use super::*;
 
     fn configured(name: &str, path: &Path) -> DiskConfig {
-        DiskConfig { name: name.to_owned(), path: path.to_owned(), serial: None, export: None }
+        DiskConfig::new(name, path)
     }
 
     fn image(path: &Path, len: u64) {

@@ -43,7 +43,7 @@ impl Machine {
             let mut data = vec![0; (*size / 2) as usize];
             SystemEntropy.fill(&mut data);
             std::os::unix::fs::FileExt::write_all_at(&file, &data, 0).expect("written");
-            config.disks.push(DiskConfig { name: format!("disk{index}"), path, serial: None, export: None });
+            config.disks.push(DiskConfig::new(&format!("disk{index}"), &path));
         }
         let state = StateDir::open(&config.state_dir).expect("opens");
         state.join(&server.runtime, Arc::new(SystemClock), &server.token(), name, &[]).expect("joins");

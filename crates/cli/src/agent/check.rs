@@ -6,6 +6,7 @@ use std::sync::Arc;
 use agent::config::AgentConfig;
 use agent::disks::{self, DiskRegister, FoundDisk};
 use agent::service::problem::{Problem, chain};
+use agent::service::source::{CaptureKind, choose_capture};
 use agent::state::StateDir;
 use link::{Connector, DenyList, Expected, LinkIdentity, LinkRuntime, Role, Trust};
 use serde::Serialize;
@@ -29,6 +30,7 @@ pub(crate) fn check(path: &Path, output: &Output) -> Result<(), Vec<Problem>> {
     if config.state_dir.is_dir() {
         let state = StateDir::open(&config.state_dir).map_err(|problem| vec![problem])?;
         check_disks(&config, &state, &mut findings, &mut problems);
+        check_capture(&config, &mut findings, &mut problems);
         check_server(&config, &state, &mut findings, &mut problems);
     } else {
         problems.push(Problem::failed(
@@ -60,6 +62,24 @@ fn check_disks(config: &AgentConfig, state: &StateDir, findings: &mut Vec<Findin
     match found {
         Ok(found) => findings.extend(found.iter().map(describe)),
         Err(found) => problems.extend(found),
+    }
+}
+
+/// Which capture the disks get, and what this machine offers for it.
+fn check_capture(config: &AgentConfig, findings: &mut Vec<Finding>, problems: &mut Vec<Problem>) {
+    match choose_capture(config) {
+        Err(problem) => problems.push(problem),
+        Ok((CaptureKind::Splitter, why)) => {
+            let why = why.map(|why| format!("; not by eBPF: {why}")).unwrap_or_default();
+            findings.push(finding("capture", format!("splitter: writes through the NBD exports are seen{why}")));
+        }
+        Ok((CaptureKind::Ebpf, _)) => {
+            findings.push(finding("capture", "eBPF: every write to the disks is seen"));
+            #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+            for found in agent::capture::ebpf::support::findings() {
+                findings.push(finding(found.subject, found.detail));
+            }
+        }
     }
 }
 

@@ -1,0 +1,207 @@
+//! Where the machine's writes come from: which capture the disks get, and what the service needs of it besides the engine.
+//!
+//! All disks of a machine have one capture: they share one ring and one sequence.
+
+use std::os::unix::fs::FileTypeExt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use replication::MachineId;
+use world::Clock;
+
+use super::problem::{Problem, ProblemKind};
+use super::{maps_problem, patiently};
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+use crate::capture::ebpf::{self, EbpfCapture, EbpfConfig, EbpfCounters, EbpfDisk, Variant};
+use crate::capture::splitter::CloseError;
+use crate::capture::{Capture, FileMapStore, Frozen, Splitter, SplitterConfig, SplitterDisk};
+use crate::config::{AgentConfig, CaptureChoice, DiskConfig};
+use crate::disks::FoundDisk;
+use crate::state::{MAPS, StateDir};
+use crate::status::WriteStatus;
+
+/// The capture of all disks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CaptureKind {
+    /// The disks are used through the agent.
+    Splitter,
+    /// The disks are used as ever; the kernel tells.
+    Ebpf,
+}
+
+/// Which capture the configured disks get, and for each disk that was left to choose, why not eBPF if it is not.
+///
+/// # Errors
+/// The disks want different ones, or one that the machine does not offer.
+pub fn choose_capture(config: &AgentConfig) -> Result<(CaptureKind, Option<String>), Problem> {
+    let wants = |choice| config.disks.iter().find(|disk| disk.capture == choice);
+    if let (Some(splitter), Some(ebpf)) = (wants(CaptureChoice::Splitter), wants(CaptureChoice::Ebpf)) {
+        return Err(Problem::usage(
+            "the disks cannot be protected together",
+            format!("disk `{}` wants capture by eBPF, disk `{}` by the splitter", ebpf.name, splitter.name),
+            "choose one capture for all disks of a machine",
+        ));
+    }
+    if wants(CaptureChoice::Splitter).is_some() {
+        return Ok((CaptureKind::Splitter, None));
+    }
+    let obstacle = ebpf_obstacle(config);
+    match (wants(CaptureChoice::Ebpf), obstacle) {
+        (_, None) => Ok((CaptureKind::Ebpf, None)),
+        (None, Some(why)) => Ok((CaptureKind::Splitter, Some(why))),
+        (Some(disk), Some(why)) => Err(Problem::failed(
+            format!("disk `{}` cannot be captured by eBPF", disk.name),
+            why,
+            "mend that, or set capture = \"splitter\" and use the disks through the agent",
+        )),
+    }
+}
+
+/// Why these disks cannot be captured by eBPF.
+fn ebpf_obstacle(config: &AgentConfig) -> Option<String> {
+    let is_device =
+        |disk: &&DiskConfig| std::fs::metadata(&disk.path).is_ok_and(|found| found.file_type().is_block_device());
+    if let Some(image) = config.disks.iter().find(|disk| !is_device(disk)) {
+        return Some(format!("{} is not a block device", image.path.display()));
+    }
+    machine_obstacle()
+}
+
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+fn machine_obstacle() -> Option<String> {
+    ebpf::support::check_machine().err()
+}
+
+#[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
+fn machine_obstacle() -> Option<String> {
+    Some("this program captures by eBPF on x86-64 Linux only".to_owned())
+}
+
+/// What the service holds of the capture while the engine owns it.
+#[derive(Clone)]
+pub(crate) enum Source {
+    Splitter(Splitter),
+    #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+    Ebpf(EbpfCounters),
+}
+
+impl Source {
+    /// Takes the disks under protection.
+    pub(super) fn open(
+        kind: CaptureKind,
+        config: &AgentConfig,
+        state: &StateDir,
+        found: &[FoundDisk],
+        clock: Arc<dyn Clock>,
+        machine: MachineId,
+        boot: [u8; 16],
+    ) -> Result<(Source, Box<dyn Capture>), Problem> {
+        match kind {
+            CaptureKind::Splitter => {
+                let maps = patiently(|| FileMapStore::open(state.path(), MAPS)).map_err(maps_problem)?;
+                let splitter_config = SplitterConfig { machine, boot, ring_bytes_max: config.ring_bytes_max };
+                let protected = found.iter().map(FoundDisk::protected).collect();
+                let (splitter, capture) =
+                    Splitter::open(protected, &maps, clock, splitter_config).map_err(|error| {
+                        Problem::caused("the disks cannot be protected", &error, "make room in the state directory")
+                    })?;
+                Ok((Source::Splitter(splitter), Box::new(capture)))
+            }
+            CaptureKind::Ebpf => open_ebpf(config, found, clock, machine),
+        }
+    }
+
+    /// The disk as its users see it, where they use it through the agent.
+    pub(super) fn served(&self, disk: &FoundDisk) -> Option<SplitterDisk> {
+        match self {
+            Source::Splitter(splitter) => Some(splitter.disk(disk.geometry.disk).expect("every disk found was opened")),
+            #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+            Source::Ebpf(_) => None,
+        }
+    }
+
+    pub(super) fn writes(&self) -> WriteStatus {
+        match self {
+            Source::Splitter(splitter) => {
+                let writes = splitter.statistics();
+                WriteStatus {
+                    changes: writes.changes,
+                    written_bytes: writes.written_bytes,
+                    tracked: writes.tracked,
+                    failed: writes.failed,
+                }
+            }
+            #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+            Source::Ebpf(counters) => {
+                let writes = counters.statistics();
+                WriteStatus {
+                    changes: writes.changes,
+                    written_bytes: writes.written_bytes,
+                    tracked: writes.tracked,
+                    failed: writes.failed,
+                }
+            }
+        }
+    }
+
+    /// Brings the disks to rest.
+    pub(super) fn freeze(&self, limit: Duration) -> Result<Frozen, Problem> {
+        match self {
+            Source::Splitter(splitter) => splitter.freeze(limit).map_err(|error| {
+                Problem::caused("the disks were not frozen", &error, "try again, with a longer limit if it timed out")
+            }),
+            #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+            Source::Ebpf(_) => Err(Problem::new(
+                ProblemKind::WrongUsage,
+                "the disks were not frozen",
+                "disks captured by eBPF are frozen by their file systems, which the agent does not ask yet",
+                "freeze with `fsfreeze`, mark, then thaw",
+            )),
+        }
+    }
+
+    /// Ends the service of the disks in order. What the kernel captures goes on without the agent.
+    pub(super) fn close(&self, limit: Duration) -> Result<(), CloseError> {
+        match self {
+            Source::Splitter(splitter) => splitter.close(limit),
+            #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+            Source::Ebpf(_) => Ok(()),
+        }
+    }
+
+    /// Whether writes go on being captured when the agent has ended.
+    pub(super) fn outlives_the_agent(&self) -> bool {
+        !matches!(self, Source::Splitter(_))
+    }
+}
+
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+fn open_ebpf(
+    config: &AgentConfig,
+    found: &[FoundDisk],
+    clock: Arc<dyn Clock>,
+    machine: MachineId,
+) -> Result<(Source, Box<dyn Capture>), Problem> {
+    let disks = found.iter().map(|disk| EbpfDisk { geometry: disk.geometry.clone(), path: disk.path().to_owned() });
+    let ebpf_config = EbpfConfig {
+        machine,
+        pins: config.ebpf_pins(),
+        ring_bytes_max: config.ring_bytes_max,
+        variants: vec![Variant::Dynptr, Variant::Bounded],
+    };
+    let capture = EbpfCapture::open(disks.collect(), clock, &ebpf_config).map_err(|error| {
+        let advice = "run `farshore-agent check`; or set capture = \"splitter\" and use the disks through the agent";
+        Problem::caused("the disks cannot be captured", &error, advice)
+    })?;
+    Ok((Source::Ebpf(capture.counters()), Box::new(capture)))
+}
+
+#[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
+fn open_ebpf(
+    _config: &AgentConfig,
+    _found: &[FoundDisk],
+    _clock: Arc<dyn Clock>,
+    _machine: MachineId,
+) -> Result<(Source, Box<dyn Capture>), Problem> {
+    unreachable!("never chosen where it does not exist")
+}
