@@ -14,6 +14,7 @@
 mod ledger;
 #[path = "kills/points.rs"]
 mod points;
+#[allow(dead_code, reason = "shared with the succession")]
 #[path = "kills/site.rs"]
 mod site;
 #[path = "kills/writer.rs"]
