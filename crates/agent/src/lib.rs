@@ -15,6 +15,7 @@ pub mod disks;
 pub mod engine;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
+mod heal_buffers;
 pub mod service;
 pub mod state;
 pub mod status;
