@@ -9,12 +9,13 @@ use std::time::Duration;
 
 use agent::capture::{Splitter, SplitterCapture, SplitterDisk};
 use replication::{ChainId, DiskGeometry, DiskId, MachineId, PointTime, Position};
-use vault::{Catalog, CatalogEntry, UnlockedVault, WriterSession};
+use vault::chain::Phase;
+use vault::{Catalog, CatalogEntry, ChainControl, ChainHistory, UnlockedVault, WriterSession};
 use world::{Clock, Entropy, Files};
 
 use crate::core::{BranchCore, BranchFigures, SealWish, Sealed};
 use crate::error::BranchError;
-use crate::host::StateFile;
+use crate::host::{Claim, StateFile};
 use crate::read_ahead::{ReadAhead, SharedReadAhead};
 
 /// What a branch is, as its host remembers it.
@@ -52,6 +53,7 @@ pub(crate) struct Ending {
     pub(crate) entropy: Arc<dyn Entropy>,
     pub(crate) vault: UnlockedVault,
     pub(crate) session: Arc<WriterSession>,
+    pub(crate) operator: Option<Arc<WriterSession>>,
     pub(crate) state: Mutex<StateFile>,
 }
 
@@ -67,8 +69,10 @@ pub struct Branch {
     pub(crate) clock: Arc<dyn Clock>,
     pub(crate) entropy: Arc<dyn Entropy>,
     pub(crate) directory: PathBuf,
+    /// The chain was ended with everything in it, by [`Branch::finish`].
+    pub(crate) finished: AtomicBool,
     /// Held for as long as the branch is open.
-    pub(crate) _lock: std::fs::File,
+    pub(crate) _claim: Claim,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -147,23 +151,60 @@ impl Branch {
     /// Those of the store: the branch goes on; call again.
     pub fn finish(&self, reason: &str) -> Result<(), BranchError> {
         self.core.close(reason);
-        self.core.seal_all(SealWish::Final).inspect_err(|_| self.core.open_again())
+        match self.core.seal_all(SealWish::Final) {
+            Ok(()) => {
+                self.finished.store(true, Ordering::SeqCst);
+                Ok(())
+            }
+            // Whoever finished it before left it closed.
+            Err(error) if self.is_finished() => Err(error),
+            Err(error) => {
+                self.core.open_again();
+                Err(error)
+            }
+        }
     }
 
-    /// The machine's history goes on along this branch's chain: recorded in the catalog, and the branch ends here.
+    /// Whether [`Branch::finish`] has ended the chain.
+    pub fn is_finished(&self) -> bool {
+        self.finished.load(Ordering::SeqCst)
+    }
+
+    /// The machine's history goes on along this branch's chain: process servers write it from here on, a failover that
+    /// closed the machine's chain in favour of this branch is committed, the catalog says whom the machine follows, and
+    /// the branch ends here.
     ///
     /// # Errors
     /// If the catalog or the state cannot be written; call again.
     pub fn hand_over(&self, reason: &str) -> Result<(), BranchError> {
         if !self.info.local {
-            let mut catalog = Catalog::load(self.ending.vault.store(), self.ending.vault.keys())?;
+            let (store, keys) = (self.ending.vault.store(), self.ending.vault.keys());
+            ChainControl::new(store, &self.ending.session, keys).hand_over(self.info.branch)?;
+            let mut catalog = Catalog::load(store, keys)?;
             let follows = catalog.machines.get(&self.info.machine).map(|machine| machine.chain);
+            if let Some(before) = follows.filter(|chain| *chain != self.info.branch) {
+                self.commit_failover(before)?;
+            }
             if follows != Some(self.info.branch) {
                 let entry = CatalogEntry::MachineFollows { machine: self.info.machine, chain: self.info.branch };
                 self.append(&mut catalog, &entry)?;
             }
         }
         self.end(reason)
+    }
+
+    /// The failover to this branch stands now, whether or not an operator has said so.
+    fn commit_failover(&self, chain: ChainId) -> Result<(), BranchError> {
+        let (store, keys) = (self.ending.vault.store(), self.ending.vault.keys());
+        let Phase::Closed(closed) = ChainHistory::load(store, keys, chain)?.standing.phase else { return Ok(()) };
+        match &self.ending.operator {
+            Some(operator) if closed.successor == self.info.branch => {
+                ChainControl::new(store, operator, keys).commit(chain)?;
+            }
+            // The machine follows the branch's chain all the same; the old one stays closed.
+            _ => tracing::warn!(%chain, "the failover is not committed: no operator's authority is at hand"),
+        }
+        Ok(())
     }
 
     fn append(&self, catalog: &mut Catalog, entry: &CatalogEntry) -> Result<(), BranchError> {

@@ -13,6 +13,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use replication::DiskGeometry;
 use serde::{Deserialize, Serialize};
 
 use crate::branch::Branch;
@@ -69,6 +70,10 @@ pub struct Answer {
     pub problem: Option<Refusal>,
     /// The branch, as 32 hexadecimal digits.
     pub branch: String,
+    /// The process that serves it.
+    pub process: u32,
+    /// Its disks.
+    pub disks: Vec<ServedDisk>,
     /// What was opened.
     pub opened: String,
     /// Newest change.
@@ -79,6 +84,23 @@ pub struct Answer {
     pub unsealed_bytes: u64,
     /// The failback, if one was begun.
     pub failback: Option<FailbackStatus>,
+}
+
+/// A disk of a branch.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ServedDisk {
+    /// Its number.
+    pub disk: u16,
+    /// Its size in bytes.
+    pub size_bytes: u64,
+    /// What it was called on its machine.
+    pub path: String,
+}
+
+impl ServedDisk {
+    fn of(geometry: &DiskGeometry) -> ServedDisk {
+        ServedDisk { disk: geometry.disk.0, size_bytes: geometry.size_bytes, path: geometry.path.clone() }
+    }
 }
 
 /// The path of a branch's control socket.
@@ -229,6 +251,8 @@ impl Shared {
             ok: outcome.is_ok(),
             problem: outcome.err(),
             branch: self.branch.id().to_string(),
+            process: std::process::id(),
+            disks: self.branch.disks().iter().map(ServedDisk::of).collect(),
             opened: self.branch.info().sentence(),
             written: figures.written.to_string(),
             committed: figures.committed.to_string(),

@@ -5,9 +5,10 @@
 //!                                               └─ seal_step ─► segment ─► manifest ─► overlay pieces dropped
 //! ```
 //!
-//! Invariants: a change is in the journal before it is in the overlay, and in the overlay or the vault ever after; a
-//! flush returns only when every change that was answered before is synced; a prepared manifest is put again, byte by
-//! byte, until the store answers; nothing is written under a generation that lost its name.
+//! Invariants: a change is in the journal, and with the system, before it is in the overlay, and in the overlay or the
+//! vault ever after, so that an end of the process loses no answered write; a flush returns only when every change that
+//! was answered before is synced; a prepared manifest is put again, byte by byte, until the store answers; nothing is
+//! written under a generation that lost its name.
 //!
 //! Taking writes is here; `read` answers from the overlay and the layers below it, `seal` moves changes into the vault.
 //!
@@ -322,12 +323,12 @@ impl BranchCore {
                     writing.sequence = sequence;
                     return Err(BranchError::NoRoom);
                 }
-                Err(error) => {
-                    writing.sequence = sequence;
-                    let _ = self.renew_journal(&mut writing, &error);
-                    return Err(error.into());
-                }
+                Err(error) => return Err(self.append_failed(&mut writing, sequence, error)),
             }
+        }
+        // Whoever uses the branch may outlive this process, and takes an answered write for done.
+        if let Err(error) = writing.journal.write_through() {
+            return Err(self.append_failed(&mut writing, sequence, error));
         }
         writing.sequence = sequence;
         let mut reading = self.reading.write().unwrap_or_else(PoisonError::into_inner);
@@ -343,6 +344,13 @@ impl BranchCore {
             writing.pending.push_back(change);
         }
         Ok(())
+    }
+
+    /// Nobody knows what of the request reached the journal: its numbers are burnt, and a new file is begun.
+    fn append_failed(&self, writing: &mut WriteSide, sequence: SequenceNumber, error: JournalError) -> BranchError {
+        writing.sequence = sequence;
+        let _ = self.renew_journal(writing, &error);
+        error.into()
     }
 
     /// Waits up to `limit` until a write may fit.

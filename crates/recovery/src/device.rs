@@ -2,8 +2,9 @@
 
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
-use replication::DiskId;
+use replication::{DiskGeometry, DiskId};
 use replication::geometry::ByteRange;
 use world::{BlockDevice, BlockError, Clock, Extent};
 
@@ -14,8 +15,8 @@ use crate::read_ahead::{self, ReadAheadConfig, Readers, SharedReadAhead};
 
 /// A disk of a branch: reads at the branch's head, writes into its own chain.
 ///
-/// A write that finds too much waiting to be committed waits for room, and fails with [`BlockError::NoSpace`] after
-/// [`limits::ROOM_WAIT`].
+/// A write that finds too much waiting to be committed waits for room, by default [`limits::ROOM_WAIT`], and then fails
+/// with [`BlockError::NoSpace`].
 pub struct BranchDisk {
     core: Arc<BranchCore>,
     clock: Arc<dyn Clock>,
@@ -23,18 +24,31 @@ pub struct BranchDisk {
     size: u64,
     readers: Mutex<Readers>,
     ahead: SharedReadAhead,
+    room_wait: Duration,
 }
 
 impl BranchDisk {
     pub(crate) fn new(
         core: Arc<BranchCore>,
         clock: Arc<dyn Clock>,
-        disk: DiskId,
-        size: u64,
+        geometry: &DiskGeometry,
         config: ReadAheadConfig,
         ahead: SharedReadAhead,
     ) -> BranchDisk {
-        BranchDisk { core, clock, disk, size, readers: Mutex::new(Readers::new(config)), ahead }
+        BranchDisk {
+            core,
+            clock,
+            disk: geometry.disk,
+            size: geometry.size_bytes,
+            readers: Mutex::new(Readers::new(config)),
+            ahead,
+            room_wait: limits::ROOM_WAIT,
+        }
+    }
+
+    /// Waits this long for room.
+    pub(crate) fn with_room_wait(self, room_wait: Duration) -> BranchDisk {
+        BranchDisk { room_wait, ..self }
     }
 
     fn patiently(&self, write: impl Fn() -> Result<(), BranchError>) -> Result<(), BlockError> {
@@ -43,7 +57,7 @@ impl BranchDisk {
             match write() {
                 Err(BranchError::NoRoom) => {
                     let now = self.clock.monotonic();
-                    let until = *until.get_or_insert(now.plus(limits::ROOM_WAIT));
+                    let until = *until.get_or_insert(now.plus(self.room_wait));
                     if now >= until {
                         return Err(BlockError::NoSpace);
                     }

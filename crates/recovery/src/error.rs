@@ -50,6 +50,18 @@ pub enum BranchError {
         /// Which.
         branch: ChainId,
     },
+    /// This host may not write branches to the vault, and what unlocked the vault cannot grant that.
+    #[error("this host has no branch host's grant for the vault")]
+    NotGranted,
+    /// A file of keys cannot be used.
+    #[error("the keys in {file} cannot be used")]
+    Keys {
+        /// Its name in the state directory.
+        file: String,
+        /// Why.
+        #[source]
+        source: vault::keys::WriterKeysError,
+    },
     /// No such disk.
     #[error("the branch has no {0}")]
     NoDisk(DiskId),

@@ -90,6 +90,23 @@ impl fmt::Display for DeviceNumber {
 }
 
 impl HostView {
+    /// A device number as `/sys` writes it.
+    pub(crate) fn number(device: u64) -> String {
+        format!("{}:{}", rustix::fs::major(device), rustix::fs::minor(device))
+    }
+
+    /// The block device `device` and its partitions, as `major:minor`.
+    pub(crate) fn numbers_of(&self, device: u64) -> Vec<String> {
+        self.with_partitions(DeviceNumber { major: rustix::fs::major(device), minor: rustix::fs::minor(device) })
+    }
+
+    /// The devices that the device `number` is built on directly.
+    pub(crate) fn built_on(&self, number: &str) -> Vec<String> {
+        let below = std::fs::read_dir(self.sys.join("dev/block").join(number).join("slaves"));
+        let number = |entry: std::fs::DirEntry| std::fs::read_to_string(entry.path().join("dev")).ok();
+        below.into_iter().flatten().flatten().filter_map(number).map(|text| text.trim().to_owned()).collect()
+    }
+
     /// Where the devices `numbers` are mounted, first one found.
     fn mount_point(&self, numbers: &[String]) -> std::io::Result<Option<String>> {
         let text = std::fs::read_to_string(&self.mountinfo)?;
@@ -152,17 +169,41 @@ fn unescape(name: &str) -> String {
         .fold(name.to_owned(), |name, (escape, character)| name.replace(escape, character))
 }
 
+/// Finds and claims the disks that an order names. Injected, so that the simulation has disks of its own.
+pub trait HomeDisks: Send + Sync {
+    /// Checks and claims a disk. Nothing is written.
+    ///
+    /// # Errors
+    /// [`Refusal`] says what is in the way.
+    fn claim(&self, order: &HomeOrder) -> Result<HomeDisk, Refusal>;
+}
+
+impl HomeDisks for HostView {
+    fn claim(&self, order: &HomeOrder) -> Result<HomeDisk, Refusal> {
+        HomeDisk::open(order, self)
+    }
+}
+
 /// A disk at home, claimed and open for writing.
 pub struct HomeDisk {
     order: HomeOrder,
-    device: FileDevice,
+    device: Box<dyn BlockDevice>,
     /// Reads that see the medium; the same device where there is nothing to choose.
-    direct: Option<FileDevice>,
+    direct: Option<Box<dyn BlockDevice>>,
     /// Holds the claim: exclusive open of a block device, lock of an image file.
-    _claim: File,
+    _claim: Option<File>,
 }
 
 impl HomeDisk {
+    /// A home disk that is nobody else's, as whoever calls this made sure.
+    ///
+    /// # Errors
+    /// [`Refusal`] if it is too small.
+    pub fn on(order: &HomeOrder, device: Box<dyn BlockDevice>) -> Result<HomeDisk, Refusal> {
+        check_size(order, &*device)?;
+        Ok(HomeDisk { order: order.clone(), device, direct: None, _claim: None })
+    }
+
     /// Checks and claims the disk. Nothing is written.
     ///
     /// # Errors
@@ -201,20 +242,14 @@ impl HomeDisk {
             Refusal::new(error.to_string(), "the disk cannot be written", "check the path and its permissions")
         };
         let disk = FileDevice::open(path, Access::ReadWrite).map_err(refused)?;
+        check_size(order, &disk)?;
         let direct = if disk.is_block_device() { FileDevice::open_direct(path).ok() } else { None };
-        if disk.size() < order.size_bytes {
-            return Err(Refusal::new(
-                format!(
-                    "{shown} has {} bytes, {} of the branch has {}",
-                    disk.size(),
-                    order.disk_id(),
-                    order.size_bytes
-                ),
-                "what lies beyond its end would be lost",
-                "name a disk of at least that size with --to",
-            ));
-        }
-        Ok(HomeDisk { order: order.clone(), device: disk, direct, _claim: claim })
+        Ok(HomeDisk {
+            order: order.clone(),
+            device: Box::new(disk),
+            direct: direct.map(|direct| Box::new(direct) as Box<dyn BlockDevice>),
+            _claim: Some(claim),
+        })
     }
 
     /// What was ordered.
@@ -224,13 +259,25 @@ impl HomeDisk {
 
     /// The disk for writing.
     pub fn device(&self) -> &dyn BlockDevice {
-        &self.device
+        &*self.device
     }
 
     /// The disk for reads that prove something.
     pub fn medium(&self) -> &dyn BlockDevice {
-        self.direct.as_ref().map_or(&self.device as &dyn BlockDevice, |direct| direct)
+        &**self.direct.as_ref().unwrap_or(&self.device)
     }
+}
+
+fn check_size(order: &HomeOrder, disk: &dyn BlockDevice) -> Result<(), Refusal> {
+    if disk.size() >= order.size_bytes {
+        return Ok(());
+    }
+    let (shown, disk_id) = (order.path.display(), order.disk_id());
+    Err(Refusal::new(
+        format!("{shown} has {} bytes, {disk_id} of the branch has {}", disk.size(), order.size_bytes),
+        "what lies beyond its end would be lost",
+        "name a disk of at least that size with --to",
+    ))
 }
 
 fn check_unused(order: &HomeOrder, device: Option<DeviceNumber>, host: &HostView) -> Result<(), Refusal> {
@@ -251,7 +298,7 @@ fn check_unused(order: &HomeOrder, device: Option<DeviceNumber>, host: &HostView
         Refusal::new(
             format!("it cannot be told whether {shown} is mounted: {error}"),
             why,
-            "make sure that it is not, then say --home-in-use",
+            "make sure that it is not, then say --in-use",
         )
     })?;
     if let Some(mount_point) = mounted {
@@ -303,8 +350,8 @@ fn claim(path: &Path, exclusive: bool) -> std::io::Result<File> {
 }
 
 /// The disks of one machine at home, all claimed or none.
-pub(crate) fn open_all(orders: &[HomeOrder], host: &HostView) -> Result<Vec<Arc<HomeDisk>>, Refusal> {
-    orders.iter().map(|order| HomeDisk::open(order, host).map(Arc::new)).collect()
+pub(crate) fn claim_all(orders: &[HomeOrder], disks: &dyn HomeDisks) -> Result<Vec<Arc<HomeDisk>>, Refusal> {
+    orders.iter().map(|order| disks.claim(order).map(Arc::new)).collect()
 }
 
 #[cfg(test)]

@@ -85,14 +85,28 @@ impl HomeMessage {
 pub(crate) enum Said {
     Home(HomeMessage),
     Replication(Message),
+    /// An order in words of another version than [`HOME_VERSION`].
+    OtherVersion(u16),
+}
+
+/// As much of an order as every version has.
+#[derive(Deserialize)]
+struct AnyOrder {
+    version: u16,
 }
 
 pub(crate) fn understand(frame: Frame) -> Result<Said, String> {
     let kind = frame.kind();
     let body = frame.into_body();
     if kind == HOME_FRAME {
-        let message = serde_json::from_slice(&body).map_err(|error| format!("a message makes no sense: {error}"))?;
-        return Ok(Said::Home(message));
+        return match serde_json::from_slice(&body) {
+            Ok(HomeMessage::Order { version, .. }) if version != HOME_VERSION => Ok(Said::OtherVersion(version)),
+            Ok(message) => Ok(Said::Home(message)),
+            Err(error) => match serde_json::from_slice::<AnyOrder>(&body) {
+                Ok(order) if order.version != HOME_VERSION => Ok(Said::OtherVersion(order.version)),
+                _ => Err(format!("a message makes no sense: {error}")),
+            },
+        };
     }
     Message::decode(kind, body).map(Said::Replication).map_err(|error| format!("a message makes no sense: {error}"))
 }
@@ -109,18 +123,33 @@ pub(crate) struct HomeWire {
     held: Option<Frame>,
     replication: VecDeque<Message>,
     home: VecDeque<HomeMessage>,
+    bytes: u64,
+}
+
+/// Bytes that a frame takes besides its body.
+const FRAME_HEADER_BYTES: u64 = 5;
+
+fn frame_bytes(frame: &Frame) -> u64 {
+    frame.len() as u64 + FRAME_HEADER_BYTES
 }
 
 impl HomeWire {
     pub(crate) fn new(link: Arc<dyn FrameLink>) -> HomeWire {
-        HomeWire { link, held: None, replication: VecDeque::new(), home: VecDeque::new() }
+        HomeWire { link, held: None, replication: VecDeque::new(), home: VecDeque::new(), bytes: 0 }
+    }
+
+    /// Bytes of the messages that were sent and received.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.bytes
     }
 
     pub(crate) fn say(&mut self, message: &HomeMessage) -> Result<(), WireClosed> {
         if let Some(frame) = self.held.take() {
             self.link.send(frame).map_err(closed)?;
         }
-        self.link.send(message.frame()).map_err(closed)
+        let frame = message.frame();
+        self.bytes += frame_bytes(&frame);
+        self.link.send(frame).map_err(closed)
     }
 
     /// The next home message, if it is here within `patience`.
@@ -141,9 +170,13 @@ impl HomeWire {
 
     fn take(&mut self, patience: Duration) -> Result<(), WireClosed> {
         if let Some(frame) = self.link.recv(patience).map_err(closed)? {
+            self.bytes += frame_bytes(&frame);
             match understand(frame).map_err(WireClosed)? {
                 Said::Home(message) => self.home.push_back(message),
                 Said::Replication(message) => self.replication.push_back(message),
+                Said::OtherVersion(version) => {
+                    return Err(WireClosed(format!("the master target speaks version {version}, not {HOME_VERSION}")));
+                }
             }
         }
         Ok(())
@@ -162,7 +195,9 @@ impl Wire for HomeWire {
             self.held = Some(frame);
             return Ok(Some(message));
         }
-        if let TrySend::Full(frame) = self.link.try_send(replication_frame(&message)).map_err(closed)? {
+        let frame = replication_frame(&message);
+        self.bytes += frame_bytes(&frame);
+        if let TrySend::Full(frame) = self.link.try_send(frame).map_err(closed)? {
             self.held = Some(frame);
         }
         Ok(None)

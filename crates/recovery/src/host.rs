@@ -12,7 +12,9 @@
 
 use std::ops::ControlFlow;
 use std::path::PathBuf;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use agent::capture::{MemoryMapStore, ProtectedDisk, Splitter, SplitterConfig};
 use process_server::journal::{
@@ -31,14 +33,16 @@ use vault::{
     Catalog, CatalogEntry, ChainHistory, ChainWriter, Delta, FolderStore, GapScope, GeometryChange, Moment, Point,
     Points, Store, StoreError, UnlockedVault, VaultError, WriterSession,
 };
-use world::{Clock, Entropy, Files, RealFiles, durable};
+use world::{Clock, Entropy, Files, RealFiles, Subfolder, durable};
 
 use crate::branch::{Branch, BranchInfo, Ending};
 use crate::core::{BranchCore, CoreParts, SealConfig};
 use crate::device::BranchDisk;
 use crate::error::BranchError;
 use crate::history_view::view_of;
+use crate::identity::Identity;
 use crate::layered_store::LayeredStore;
+use crate::limits;
 use crate::read_ahead::{ReadAheadConfig, SharedReadAhead};
 
 /// Where a branch's own chain is kept.
@@ -66,6 +70,8 @@ pub struct BranchConfig {
     pub ring_bytes_max: u64,
     /// Where the branch's chain is kept.
     pub keep: Keep,
+    /// How long a write waits for room before it fails.
+    pub room_wait: Duration,
 }
 
 impl Default for BranchConfig {
@@ -77,6 +83,7 @@ impl Default for BranchConfig {
             read_ahead: ReadAheadConfig::default(),
             ring_bytes_max: 256 << 20,
             keep: Keep::default(),
+            room_wait: limits::ROOM_WAIT,
         }
     }
 }
@@ -125,16 +132,22 @@ impl StateFile {
     }
 }
 
+/// What keeps other processes away from a branch for as long as it is held; a kill lets go of it.
+pub(crate) type Claim = Option<std::fs::File>;
+
 /// Opens branches of one vault and keeps their state below one directory.
 pub struct BranchHost {
     vault: UnlockedVault,
-    root: PathBuf,
+    /// Where `files` are, for locks and sockets; `None` if they are in no file system.
+    root: Option<PathBuf>,
     files: Arc<dyn Files>,
     clock: Arc<dyn Clock>,
     entropy: Arc<dyn Entropy>,
     config: BranchConfig,
     source: Arc<FrameSource>,
-    session: Arc<WriterSession>,
+    identity: Identity,
+    /// Signs that a failover stands when its branch comes home, if that is at hand.
+    operator: Option<Arc<WriterSession>>,
 }
 
 impl BranchHost {
@@ -148,9 +161,39 @@ impl BranchHost {
     ) -> BranchHost {
         let root = root.into();
         let files: Arc<dyn Files> = Arc::new(RealFiles::new(&root));
+        BranchHost { root: Some(root), ..BranchHost::on_files(vault, files, clock, entropy, config) }
+    }
+
+    /// A host that keeps its state in `files`. The caller makes sure that it is the only one.
+    pub fn on_files(
+        vault: UnlockedVault,
+        files: Arc<dyn Files>,
+        clock: Arc<dyn Clock>,
+        entropy: Arc<dyn Entropy>,
+        config: BranchConfig,
+    ) -> BranchHost {
         let source = Arc::new(FrameSource::new(Arc::clone(vault.store()), Arc::clone(vault.keys()), config.cache));
-        let session = Arc::new(vault.owner_session(&entropy, &clock));
-        BranchHost { vault, root, files, clock, entropy, config, source, session }
+        let operator = vault.owner_session(&entropy, &clock).ok().map(Arc::new);
+        let identity = Identity::new(vault.clone(), Arc::clone(&files), Arc::clone(&clock), Arc::clone(&entropy));
+        BranchHost { vault, root: None, files, clock, entropy, config, source, identity, operator }
+    }
+
+    /// The same host with an operator's session: a failover is committed with it when its branch comes home.
+    pub fn with_operator(self, operator: Arc<WriterSession>) -> BranchHost {
+        BranchHost { operator: Some(operator), ..self }
+    }
+
+    /// The session that writes branches to the vault. With the vault owner's key at hand, a host without a grant gets one.
+    ///
+    /// # Errors
+    /// [`BranchError::NotGranted`] if there is neither.
+    pub fn writer(&self) -> Result<Arc<WriterSession>, BranchError> {
+        self.identity.of_vault()
+    }
+
+    /// The session that writes the chain of this branch.
+    fn session_of(&self, info: &BranchInfo) -> Result<Arc<WriterSession>, BranchError> {
+        if info.local { self.identity.of_host() } else { self.identity.of_vault() }
     }
 
     /// The vault.
@@ -160,7 +203,7 @@ impl BranchHost {
 
     /// Where a branch's state is.
     pub fn directory(&self, branch: ChainId) -> PathBuf {
-        self.root.join(branch.to_string())
+        self.root.clone().unwrap_or_default().join(branch.to_string())
     }
 
     /// The chain that `machine` follows.
@@ -177,11 +220,19 @@ impl BranchHost {
     /// # Errors
     /// [`BranchError::Point`] says what can be opened instead.
     pub fn open(&self, chain: ChainId, moment: &Moment, name: &str) -> Result<Branch, BranchError> {
+        self.open_as(ChainId(self.entropy.bytes()), chain, moment, name)
+    }
+
+    /// As [`BranchHost::open`], under an id that was chosen before: a failover names its branch before it exists.
+    ///
+    /// # Errors
+    /// As [`BranchHost::open`].
+    pub fn open_as(&self, branch: ChainId, chain: ChainId, moment: &Moment, name: &str) -> Result<Branch, BranchError> {
         let history = ChainHistory::load(self.vault.store(), self.vault.keys(), chain)?;
         let point = Points::new(self.vault.store(), self.vault.keys(), &history).resolve(moment)?;
         let state = StateFile {
             version: STATE_VERSION,
-            branch: ChainId(self.entropy.bytes()).to_string(),
+            branch: branch.to_string(),
             name: name.to_owned(),
             machine: history.machine.to_string(),
             parent_chain: chain.to_string(),
@@ -211,6 +262,8 @@ impl BranchHost {
             return Err(BranchError::Ended { branch, reason });
         }
         let lock = self.lock(branch)?;
+        // Whoever wrote what was just read may have failed to make it durable.
+        self.files.sync_directory(&branch.to_string()).map_err(BranchError::state("written"))?;
         let source = self.source_of(&info)?;
         match ChainHistory::load(source.store(), source.keys(), branch) {
             Ok(history) => self.resume(state, info, source, history, lock),
@@ -261,13 +314,16 @@ impl BranchHost {
     }
 
     /// Keeps other processes away for as long as the returned file is open; a kill lets go of it.
-    fn lock(&self, branch: ChainId) -> Result<std::fs::File, BranchError> {
+    fn lock(&self, branch: ChainId) -> Result<Claim, BranchError> {
         self.files.create_directory(&branch.to_string()).map_err(BranchError::state("written"))?;
+        if self.root.is_none() {
+            return Ok(None);
+        }
         let path = self.directory(branch).join("lock");
         let file = std::fs::OpenOptions::new().create(true).truncate(false).write(true).open(path);
         let file = file.map_err(BranchError::state("locked"))?;
         match rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => Ok(file),
+            Ok(()) => Ok(Some(file)),
             Err(rustix::io::Errno::WOULDBLOCK) => Err(BranchError::InUse(branch)),
             Err(error) => Err(BranchError::state("locked")(error.into())),
         }
@@ -278,11 +334,13 @@ impl BranchHost {
         if !info.local {
             return Ok(Arc::clone(&self.source));
         }
+        // From here on what this host signed by itself is believed.
+        self.identity.of_host()?;
         let folder = format!("{}/local", info.branch);
         self.files.create_directory(&folder).map_err(BranchError::state("written"))?;
-        let path = self.root.join(&folder);
-        let files = Arc::new(RealFiles::new(&path));
-        let upper: Arc<dyn Store> = Arc::new(FolderStore::new(files, &*self.entropy, path.display().to_string()));
+        let shown = self.directory(info.branch).join("local").display().to_string();
+        let files = Arc::new(Subfolder::new(Arc::clone(&self.files), folder));
+        let upper: Arc<dyn Store> = Arc::new(FolderStore::new(files, &*self.entropy, shown));
         let store: Arc<dyn Store> = Arc::new(LayeredStore::new(upper, Arc::clone(self.vault.store())));
         Ok(Arc::new(FrameSource::new(store, Arc::clone(self.vault.keys()), self.config.cache)))
     }
@@ -294,7 +352,7 @@ impl BranchHost {
         mut info: BranchInfo,
         disks: Vec<DiskGeometry>,
         below: ViewBelow,
-        lock: std::fs::File,
+        lock: Claim,
     ) -> Result<Branch, BranchError> {
         if disks.is_empty() {
             return Err(BranchError::NoDisks(info.parent.chain));
@@ -317,16 +375,22 @@ impl BranchHost {
         };
         let keys = self.vault.keys();
         let genesis = (info.machine, Some(info.parent));
-        let created = ChainWriter::create(source.store(), &self.session, keys, info.branch, genesis, delta.clone());
+        let create = |source: &Arc<FrameSource>, session: &Arc<WriterSession>| {
+            ChainWriter::create(source.store(), session, keys, info.branch, genesis, delta.clone())
+        };
+        // A vault that takes no writes takes no grant either.
+        let session = self.session_of(&info);
+        let created = session.and_then(|session| Ok(create(&source, &session)?));
         let writer = match created {
-            Err(VaultError::Store(StoreError::ReadOnly { .. })) if !info.local => {
+            Err(BranchError::Vault(VaultError::Store(StoreError::ReadOnly { .. }))) if !info.local => {
                 tracing::warn!(branch = %info.branch, "the store is read-only: source not fenced, point not pinned");
                 state.local = true;
                 info.local = true;
                 self.store_state(&state)?;
                 source = self.source_of(&info)?;
                 below = self.below_through(&source, &info)?;
-                ChainWriter::create(source.store(), &self.session, keys, info.branch, genesis, delta)?
+                let session = self.identity.of_host()?;
+                ChainWriter::create(source.store(), &session, keys, info.branch, genesis, delta.clone())?
             }
             created => created?,
         };
@@ -361,7 +425,8 @@ impl BranchHost {
                 name: info.name.clone(),
                 pinned: true,
             };
-            catalog.append(self.vault.store(), self.vault.keys(), &self.session, &entry)?;
+            let session = self.identity.of_vault()?;
+            catalog.append(self.vault.store(), self.vault.keys(), &session, &entry)?;
         }
         Ok(())
     }
@@ -381,11 +446,12 @@ impl BranchHost {
         info: BranchInfo,
         source: Arc<FrameSource>,
         mut history: ChainHistory,
-        lock: std::fs::File,
+        lock: Claim,
     ) -> Result<Branch, BranchError> {
         let below = self.below_through(&source, &info)?;
         let (journal, _) = self.open_journal(&info)?;
         let reason = format!("the branch was opened again by its host {}", state.token);
+        let session = self.session_of(&info)?;
         let writer = loop {
             // Only what nobody else has continued may be followed by what this journal holds.
             let foreign = |reason: &Option<String>| reason.as_ref().is_some_and(|text| !text.ends_with(&state.token));
@@ -393,14 +459,7 @@ impl BranchHost {
                 return Err(BranchError::TakenOver { branch: info.branch });
             }
             let delta = Delta::default();
-            match ChainWriter::open_generation(
-                source.store(),
-                &self.session,
-                self.vault.keys(),
-                &history,
-                &reason,
-                delta,
-            ) {
+            match ChainWriter::open_generation(source.store(), &session, self.vault.keys(), &history, &reason, delta) {
                 // A manifest of the killed process arrived late: look again.
                 Err(VaultError::Fenced { .. }) => {
                     history = ChainHistory::load(source.store(), source.keys(), info.branch)?;
@@ -429,13 +488,7 @@ impl BranchHost {
         self.serve(state, info, start, lock)
     }
 
-    fn serve(
-        &self,
-        state: StateFile,
-        info: BranchInfo,
-        mut start: Start,
-        lock: std::fs::File,
-    ) -> Result<Branch, BranchError> {
+    fn serve(&self, state: StateFile, info: BranchInfo, mut start: Start, lock: Claim) -> Result<Branch, BranchError> {
         let head = start.writer.head();
         let session = Session {
             machine: info.machine,
@@ -447,7 +500,7 @@ impl BranchHost {
         let disks = start.disks.clone();
         let core = Arc::new(BranchCore::recover(CoreParts {
             source: start.source,
-            session: Arc::clone(&self.session),
+            session: self.session_of(&info)?,
             clock: Arc::clone(&self.clock),
             config: self.config.seal,
             disks: start.disks,
@@ -465,14 +518,8 @@ impl BranchHost {
             .map(|geometry| {
                 let clock = Arc::clone(&self.clock);
                 let config = self.config.read_ahead;
-                let device = BranchDisk::new(
-                    Arc::clone(&core),
-                    clock,
-                    geometry.disk,
-                    geometry.size_bytes,
-                    config,
-                    Arc::clone(&ahead),
-                );
+                let device = BranchDisk::new(Arc::clone(&core), clock, geometry, config, Arc::clone(&ahead));
+                let device = device.with_room_wait(self.config.room_wait);
                 ProtectedDisk { geometry: geometry.clone(), device: Arc::new(device) }
             })
             .collect();
@@ -483,6 +530,7 @@ impl BranchHost {
         };
         let (splitter, capture) = Splitter::open(protected, &MemoryMapStore::new(), Arc::clone(&self.clock), config)?;
         let directory = self.directory(info.branch);
+        let session = self.session_of(&info)?;
         Ok(Branch {
             info,
             core,
@@ -493,13 +541,15 @@ impl BranchHost {
                 files: Arc::clone(&self.files),
                 entropy: Arc::clone(&self.entropy),
                 vault: self.vault.clone(),
-                session: Arc::clone(&self.session),
+                session,
+                operator: self.operator.clone(),
                 state: Mutex::new(state),
             },
             clock: Arc::clone(&self.clock),
             entropy: Arc::clone(&self.entropy),
             directory,
-            _lock: lock,
+            finished: AtomicBool::new(false),
+            _claim: lock,
         })
     }
 }

@@ -89,6 +89,10 @@ impl Capture for LentCapture {
         self.inner_mut().clear(epoch);
     }
 
+    fn unstreamed(&self, epoch: Epoch) -> Vec<(DiskId, ByteRange)> {
+        self.inner().unstreamed(epoch)
+    }
+
     fn has_unstreamed(&self, epoch: Epoch) -> bool {
         self.inner().has_unstreamed(epoch)
     }

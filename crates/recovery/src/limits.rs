@@ -30,3 +30,9 @@ pub const PROOF_RANGE_BYTES: u64 = 64 << 20;
 pub const WINDOW_BYTES: u64 = 16 << 20;
 /// How long a peer of a failback may be silent.
 pub const HOME_SILENCE: Duration = Duration::from_secs(30);
+/// How long a new session of a failback waits for an earlier one to let go of the disks.
+pub const SEAT_WAIT: Duration = Duration::from_secs(10);
+/// How often a session looks whether a newer one waits for it.
+pub const SEAT_LOOK: Duration = Duration::from_millis(50);
+/// Time for a last word to a recovery host to be taken.
+pub const FAREWELL_WAIT: Duration = Duration::from_secs(5);

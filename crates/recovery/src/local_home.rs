@@ -6,7 +6,8 @@ use std::thread::JoinHandle;
 
 use link::{FrameLink, MemoryLink};
 
-use crate::failback::HomeLine;
+use crate::failback::{HomeLine, LineError};
+use crate::home_disk::Refusal;
 use crate::master_target::MasterTarget;
 
 /// Frames that one direction of the link holds.
@@ -55,7 +56,7 @@ impl LocalHome {
 }
 
 impl HomeLine for LocalHome {
-    fn connect(&mut self) -> Result<Arc<dyn FrameLink>, String> {
+    fn connect(&mut self) -> Result<Arc<dyn FrameLink>, LineError> {
         let mut session = self.session.lock().unwrap_or_else(PoisonError::into_inner);
         // The one before holds the disks; its link is closed, so it ends by itself.
         if let Some(before) = session.take() {
@@ -70,7 +71,10 @@ impl HomeLine for LocalHome {
             }
         };
         let thread = std::thread::Builder::new().name("master-target".into()).spawn(serve);
-        *session = Some(Session { stop, thread: thread.map_err(|error| format!("no thread: {error}"))? });
+        let no_thread = |error: std::io::Error| {
+            LineError::NotNow(Refusal::new(format!("no thread: {error}"), "nothing can be written", "try again"))
+        };
+        *session = Some(Session { stop, thread: thread.map_err(no_thread)? });
         Ok(Arc::new(ours))
     }
 }

@@ -7,6 +7,8 @@
 //! A kill at any moment leaves a disk that is half one state and half another, and a durable note that says so. The next
 //! session compares the whole disk again; only what differs travels.
 
+mod visit;
+
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -15,18 +17,21 @@ use std::time::Duration;
 use link::{FrameLink, LinkError};
 use replication::cut::{CutPlanner, PointTime};
 use replication::geometry::{ByteRange, LEAF_BYTES};
+use replication::offers::{differs, granule_differs, granule_leaves};
 use replication::receiver::{self, Action, Event, Greeting, Receiver, Remembered, SessionStart};
 use replication::wire::{HealContent, HealNeed, Hello, Message, OfferHashes, OfferedLeaf, RefusalCode};
 use replication::{
-    ChainId, Change, ChangeKind, DiskId, Generation, HealId, LeafHash, LeafKey, MachineId, PlainLeafHash,
+    ChainId, Change, ChangeKind, DiskId, Generation, HealId, LeafHash, LeafKey, MachineId, PlainLeafHash, Ranges,
     SequenceNumber, StreamHash,
 };
 use serde::{Deserialize, Serialize};
 use world::{BlockDevice, BlockError, Clock, Entropy, ExtentKind, Files, durable};
 
-use crate::home_disk::{HomeDisk, HomeOrder, HostView, Refusal, open_all};
-use crate::home_wire::{HOME_VERSION, HomeMessage, Said, replication_frame, understand};
+use self::visit::Order;
+pub use self::visit::{HomeVisit, Visit};
+use crate::home_disk::{HomeDisk, HomeDisks, HomeOrder, Refusal};
 use crate::limits;
+use crate::seats::Seats;
 use crate::shield::Shield;
 
 /// Why a session of a master target ended.
@@ -38,6 +43,9 @@ pub enum HomeError {
     /// The link ended. The note stays: the disks are not usable.
     #[error("the link to the branch ended")]
     Link(#[from] LinkError),
+    /// A newer session of the same failback took over.
+    #[error("the branch host connected anew")]
+    Replaced,
     /// The other side does not follow the protocol.
     #[error("the branch's messages make no sense: {0}")]
     Protocol(String),
@@ -84,23 +92,23 @@ pub struct MasterTarget {
     files: Arc<dyn Files>,
     clock: Arc<dyn Clock>,
     entropy: Arc<dyn Entropy>,
-    host: HostView,
+    disks: Arc<dyn HomeDisks>,
+    seats: Seats,
 }
 
-/// Frames taken between two syncs.
-const FRAMES_PER_ROUND_MAX: usize = 64;
 /// How often a session without traffic looks whether it should stop.
 const STOP_LOOK: Duration = Duration::from_millis(100);
 
 impl MasterTarget {
-    /// A master target that keeps its notes below `files`.
+    /// A master target that keeps its notes below `files` and finds its disks through `disks`, usually a
+    /// [`HostView`](crate::HostView).
     pub fn new(
         files: Arc<dyn Files>,
         clock: Arc<dyn Clock>,
         entropy: Arc<dyn Entropy>,
-        host: HostView,
+        disks: impl HomeDisks + 'static,
     ) -> MasterTarget {
-        MasterTarget { files, clock, entropy, host }
+        MasterTarget { files, clock, entropy, disks: Arc::new(disks), seats: Seats::default() }
     }
 
     /// Failbacks that are not finished: their disks are not usable.
@@ -122,88 +130,18 @@ impl MasterTarget {
     /// # Errors
     /// See [`HomeError`]. Except after a refusal, connect again: the comparison starts over.
     pub fn serve(&self, link: &dyn FrameLink, stop: &AtomicBool) -> Result<Served, HomeError> {
-        let Some(order) = self.order(link, stop)? else { return Ok(Served::Stopped) };
-        let disks = match open_all(&order.disks, &self.host) {
-            Ok(disks) => disks,
-            Err(refusal) => {
-                link.send(HomeMessage::Refused { refusal: refusal.clone() }.frame())?;
-                return Err(HomeError::Refused(refusal));
-            }
-        };
-        self.write_note(&order)?;
-        tracing::info!(machine = %order.machine, chain = %order.chain, "failback begins: the home disks are not usable until it ends");
-        link.send(HomeMessage::Accepted.frame())?;
-        let disks = disks.into_iter().map(|disk| (disk.order().disk_id(), disk)).collect();
-        let mut session = HomeSession::new(order.machine, order.chain, disks, Arc::clone(&self.clock));
+        let mut visit = self.visit();
         while !stop.load(Ordering::Relaxed) {
-            let Some(first) = link.recv(STOP_LOOK)? else { continue };
-            let mut next = Some(first);
-            let mut frames = 0;
-            while let Some(frame) = next {
-                frames += 1;
-                match understand(frame).map_err(HomeError::Protocol)? {
-                    Said::Replication(message) => session.message(message)?,
-                    Said::Home(HomeMessage::Prove { id, disk, start, len }) => {
-                        let digest = session.prove(DiskId(disk), start, len)?;
-                        link.send(HomeMessage::Digest { id, digest }.frame())?;
-                    }
-                    Said::Home(HomeMessage::Complete) => {
-                        session.sync()?;
-                        self.remove_note(&order)?;
-                        link.send(HomeMessage::Completed.frame())?;
-                        tracing::info!(machine = %order.machine, chain = %order.chain, "failback complete: the home disks are usable");
-                        return Ok(Served::Completed);
-                    }
-                    Said::Home(other) => return Err(HomeError::Protocol(format!("unexpected {other:?}"))),
-                }
-                next = if frames < FRAMES_PER_ROUND_MAX { link.try_recv()? } else { None };
-            }
-            session.sync()?;
-            for message in session.out.drain(..) {
-                link.send(replication_frame(&message))?;
-            }
-            if let Some(reason) = session.over.take() {
-                return Err(HomeError::Protocol(reason));
+            if visit.step(self, link, STOP_LOOK)? == Visit::Completed {
+                return Ok(Served::Completed);
             }
         }
         Ok(Served::Stopped)
     }
 
-    fn order(&self, link: &dyn FrameLink, stop: &AtomicBool) -> Result<Option<Order>, HomeError> {
-        let begun = self.clock.monotonic();
-        let frame = loop {
-            if stop.load(Ordering::Relaxed) {
-                return Ok(None);
-            }
-            if let Some(frame) = link.recv(STOP_LOOK)? {
-                break frame;
-            }
-            if self.clock.monotonic().since(begun) > limits::HOME_SILENCE {
-                return Err(HomeError::Protocol("no order came".into()));
-            }
-        };
-        let Said::Home(HomeMessage::Order { version, machine, chain, disks }) =
-            understand(frame).map_err(HomeError::Protocol)?
-        else {
-            return Err(HomeError::Protocol("a failback begins with an order".into()));
-        };
-        if version != HOME_VERSION {
-            let refusal = Refusal::new(
-                format!("the branch host speaks version {version}, this master target {HOME_VERSION}"),
-                "they would misunderstand each other",
-                "use the same version of Farshore on both",
-            );
-            link.send(HomeMessage::Refused { refusal: refusal.clone() }.frame())?;
-            return Err(HomeError::Refused(refusal));
-        }
-        let bad = |_| HomeError::Protocol("the order holds a malformed id".into());
-        let mut ids: Vec<u16> = disks.iter().map(|disk| disk.disk).collect();
-        ids.sort_unstable();
-        ids.dedup();
-        if ids.len() != disks.len() || disks.is_empty() || disks.len() > replication::limits::DISKS_MAX {
-            return Err(HomeError::Protocol("the order names no disks, too many, or one twice".into()));
-        }
-        Ok(Some(Order { machine: machine.parse().map_err(bad)?, chain: chain.parse().map_err(bad)?, disks }))
+    /// Begins to serve one branch host, for owners that step it themselves.
+    pub fn visit(&self) -> HomeVisit {
+        HomeVisit::new(self.clock.monotonic())
     }
 
     fn write_note(&self, order: &Order) -> Result<(), HomeError> {
@@ -230,22 +168,12 @@ impl MasterTarget {
     }
 }
 
-struct Order {
-    machine: MachineId,
-    chain: ChainId,
-    disks: Vec<HomeOrder>,
-}
-
-impl Order {
-    fn note_name(&self) -> String {
-        format!("failback-{}.json", self.machine)
-    }
-}
-
 #[derive(Debug, Clone, Copy)]
 struct Healing {
     heal: HealId,
     processed_bytes: u64,
+    /// As much of it as the branch host was told of.
+    told_bytes: u64,
 }
 
 /// One session: the pure receiver and the disks that it decides about. No threads, no links.
@@ -262,6 +190,8 @@ struct HomeSession {
     shielding: bool,
     healing: Option<Healing>,
     key: Option<LeafKey>,
+    /// What the disk held of the granules that were wanted of an offer, until their leaves are offered.
+    kept: BTreeMap<u32, Vec<Option<LeafHash>>>,
     /// Newest change written.
     written: SequenceNumber,
     /// Newest change synced.
@@ -290,6 +220,7 @@ impl HomeSession {
             shielding: false,
             healing: None,
             key: None,
+            kept: BTreeMap::new(),
             written: SequenceNumber(0),
             synced: SequenceNumber(0),
             ended: None,
@@ -318,6 +249,7 @@ impl HomeSession {
             stream: None,
             committed: SequenceNumber(0),
             incomplete: true,
+            lacking: Ranges::default(),
             last_boot: None,
             live: None,
             empty: false,
@@ -380,12 +312,21 @@ impl HomeSession {
             Action::HealBegin { heal, hashes, .. } => match hashes {
                 OfferHashes::Keyed(key) => {
                     self.key = Some(key);
-                    self.healing = Some(Healing { heal, processed_bytes: 0 });
+                    self.kept.clear();
+                    self.healing = Some(Healing { heal, processed_bytes: 0, told_bytes: 0 });
                 }
                 OfferHashes::Plain => self.over = Some("a branch comes home with keyed hashes".into()),
             },
             Action::Compare { heal, offer, disk, start, leaves } => {
                 let wanted = self.compare(disk, start, &leaves)?;
+                self.feed(Event::Compared { heal, offer, wanted })?;
+            }
+            Action::CompareGranules { heal, offer, disk, start, leaves, granules } => {
+                let wanted = self.compare_granules(offer, disk, (start, leaves), &granules)?;
+                self.feed(Event::Compared { heal, offer, wanted })?;
+            }
+            Action::CompareLeaves { heal, offer, leaves } => {
+                let wanted = self.compare_leaves(offer, &leaves)?;
                 self.feed(Event::Compared { heal, offer, wanted })?;
             }
             Action::HealData { heal, disk, range, content } => self.heal_data(heal, disk, range, content)?,
@@ -451,12 +392,49 @@ impl HomeSession {
         let Some(range) = ByteRange::between(start, end) else { return Ok(vec![true; leaves.len()]) };
         let hashes = leaf_hashes(home.device(), range, key).map_err(|source| failed(home, source))?;
         let zero = key.zero_leaf();
-        let differs = |(leaf, hash): (&OfferedLeaf, Option<LeafHash>)| match leaf {
-            OfferedLeaf::Zero => hash != Some(zero),
-            OfferedLeaf::Hash(offered) => hash.is_none_or(|hash| hash.0 != *offered),
-            OfferedLeaf::Unknown | OfferedLeaf::Unreadable => true,
+        Ok(leaves.iter().zip(hashes).map(|(leaf, hash)| differs(*leaf, zero, hash)).collect())
+    }
+
+    /// Reads and hashes the range once; what may be asked about by leaf is kept.
+    fn compare_granules(
+        &mut self,
+        offer: u32,
+        disk: DiskId,
+        (start, leaves): (u64, u64),
+        granules: &[OfferedLeaf],
+    ) -> Result<Vec<bool>, HomeError> {
+        let home = self.disk(disk)?;
+        let Some(key) = &self.key else { return Err(HomeError::Protocol("an offer came without a key".into())) };
+        let end = (start + leaves * LEAF_BYTES).min(home.order().size_bytes);
+        let Some(range) = ByteRange::between(start, end) else {
+            return Err(HomeError::Protocol(format!("an offer lies beyond {disk}")));
         };
-        Ok(leaves.iter().zip(hashes).map(differs).collect())
+        let hashes = leaf_hashes(home.device(), range, key).map_err(|source| failed(home, source))?;
+        let zero = key.zero_leaf();
+        let mut rest = &hashes[..];
+        let mut kept = Vec::new();
+        let wanted = granule_leaves(start, leaves).zip(granules).map(|(count, granule)| {
+            let (held, after) = rest.split_at(count.min(rest.len()));
+            rest = after;
+            let differs = granule_differs(key, zero, *granule, held);
+            if differs {
+                kept.extend_from_slice(held);
+            }
+            differs
+        });
+        let wanted = wanted.collect();
+        if !kept.is_empty() {
+            self.kept.insert(offer, kept);
+        }
+        Ok(wanted)
+    }
+
+    fn compare_leaves(&mut self, offer: u32, leaves: &[OfferedLeaf]) -> Result<Vec<bool>, HomeError> {
+        let (Some(held), Some(key)) = (self.kept.remove(&offer), &self.key) else {
+            return Err(HomeError::Protocol("leaves were offered before their granules".into()));
+        };
+        let zero = key.zero_leaf();
+        Ok(leaves.iter().zip(held).map(|(leaf, held)| differs(*leaf, zero, held)).collect())
     }
 
     fn heal_data(
@@ -488,8 +466,6 @@ impl HomeSession {
             if let HealContent::Data(bytes) = &content {
                 healing.processed_bytes += bytes.len() as u64;
             }
-            let bytes = healing.processed_bytes;
-            self.feed(Event::HealProcessed { heal, bytes })?;
         }
         Ok(())
     }
@@ -506,6 +482,14 @@ impl HomeSession {
             self.synced = self.written;
             self.feed(Event::Journaled(self.synced))?;
             self.feed(Event::Committed(self.synced))?;
+        }
+        // Once a round: a word for each piece would cost half a percent of what it is about.
+        if let Some(Healing { heal, processed_bytes: bytes, told_bytes }) = &mut self.healing
+            && bytes > told_bytes
+        {
+            *told_bytes = *bytes;
+            let (heal, bytes) = (*heal, *bytes);
+            self.feed(Event::HealProcessed { heal, bytes })?;
         }
         if let Some(heal) = self.ended.take() {
             self.feed(Event::HealCommitted { heal })?;

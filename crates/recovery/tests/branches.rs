@@ -232,7 +232,7 @@ fn a_branch_that_was_continued_elsewhere_writes_nothing_more() {
     let host = world.host();
     let branch = host.open(CHAIN, &Moment::Latest, "b").unwrap();
     branch.disk(DISK).unwrap().write_at(0, &[1; 10]).unwrap();
-    let session = Arc::new(world.vault.owner_session(&world.entropy, &world.clock));
+    let session = Arc::new(world.vault.owner_session(&world.entropy, &world.clock).unwrap());
     let loaded = ChainHistory::load(world.store(), world.vault.keys(), branch.id()).unwrap();
     let other = vault::ChainWriter::open_generation(
         world.store(),

@@ -85,7 +85,7 @@ fn build_a_day() {
         Arc::clone(world.vault.keys()),
         vault::view_source::CacheBytes::default(),
     ));
-    let session = Arc::new(world.vault.owner_session(&world.entropy, &world.clock));
+    let session = Arc::new(world.vault.owner_session(&world.entropy, &world.clock).unwrap());
     let begun = Instant::now();
     for seal in 0..SEALS {
         for write in 0..16 {

@@ -7,6 +7,9 @@
 //! * a gap appears only when something happened that may cause one, and each is recorded;
 //! * once faults stop, everything becomes healthy and the newest point is the machine's present state.
 
+mod branches;
+mod drain;
+mod failover;
 mod final_checks;
 mod gaps;
 mod judge;
@@ -16,7 +19,7 @@ mod report;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use replication::cut::{Cut, PointTime};
+use replication::cut::PointTime;
 use replication::{ChainId, SequenceNumber};
 use vault::catalog::Catalog;
 use vault::keys::{PassphraseCost, WriterRole};
@@ -25,15 +28,18 @@ use vault::view_source::{CacheBytes, FrameSource};
 use vault::{ChainHistory, ChainTail, FolderStore, Store, UnlockedVault, Vault};
 use world::{Clock, Entropy};
 
+use crate::branch_site::BranchSite;
 use crate::clock::{SimClock, TrueTime};
 use crate::files::SimFiles;
 use crate::link::connect;
-use crate::model::StateDigest;
 use crate::planted::Bug;
 use crate::rng::{Rng, SimEntropy};
 use crate::server::SimServer;
 use crate::source::{Source, SourceShape};
 use crate::store::{SimStore, StoreFaults};
+use crate::tenant::{Announced, AnnouncedPoints};
+
+use branches::Branches;
 
 pub use report::{Fault, Report, Violation};
 
@@ -43,11 +49,6 @@ const SECOND: u64 = 1000 * MILLISECOND;
 const STORMY_NS: u64 = 600 * SECOND;
 /// Simulated time in which everything must become healthy again.
 const CALM_NS: u64 = 240 * SECOND;
-
-struct Announced {
-    cut: Cut,
-    state: StateDigest,
-}
 
 struct World {
     seed: u64,
@@ -66,13 +67,17 @@ struct World {
     unlocked: UnlockedVault,
     frames: Arc<FrameSource>,
     tail: Option<ChainTail>,
-    announced: BTreeMap<SequenceNumber, Announced>,
+    announced: AnnouncedPoints,
     newest_label: PointTime,
     next_judgement: u64,
     misfortunes: Vec<gaps::Misfortune>,
     gaps_seen: BTreeSet<(SequenceNumber, PointTime, GapScope)>,
     faults: BTreeMap<Fault, u64>,
     trace: blake3::Hasher,
+    branches: Branches,
+    moving: Option<drain::Moving>,
+    moved: Option<drain::Moved>,
+    undisturbed_moves: u64,
     bug: Option<Bug>,
     snapshot: Option<Vec<Vec<u8>>>,
     /// The model can no longer say what the disks hold in these states: a write failed or a sector was lost.
@@ -116,6 +121,8 @@ impl World {
             })
             .collect();
         let frames = Arc::new(FrameSource::new(dyn_store, Arc::clone(unlocked.keys()), CacheBytes::default()));
+        let site = BranchSite::new(unlocked.clone(), &time, rng.fork(), bug);
+        let branches = Branches::new(site, rng.fork());
         World {
             seed,
             rng,
@@ -131,13 +138,17 @@ impl World {
             unlocked,
             frames,
             tail: None,
-            announced: BTreeMap::new(),
+            announced: AnnouncedPoints::new(),
             newest_label: PointTime(0),
             next_judgement: 0,
             misfortunes: Vec::new(),
             gaps_seen: BTreeSet::new(),
             faults: BTreeMap::new(),
             trace: blake3::Hasher::new(),
+            branches,
+            moving: None,
+            moved: None,
+            undisturbed_moves: 0,
             bug,
             snapshot: None,
             wall_errors: false,
@@ -152,6 +163,7 @@ impl World {
         while self.time.now() < STORMY_NS {
             self.store.set_faults(StoreFaults { refused: 15, answer_lost: 15 });
             self.misfortune();
+            self.branch_misfortune()?;
             self.tick(true)?;
         }
         self.store.set_faults(StoreFaults::default());
@@ -179,16 +191,16 @@ impl World {
                 self.servers[index].start();
             }
         }
-        if !self.source.is_running() {
+        if !self.source.is_running() && !self.is_away() {
             self.source.start_agent();
         }
-        if !self.source.is_plugged() && self.rng.one_in(4) {
+        if self.source.is_running() && !self.source.is_plugged() && self.rng.one_in(4) {
             let delay = 1 + self.rng.below(20 * MILLISECOND);
             let (near, far) = connect(&self.time, delay);
             self.servers[self.assigned].accept(far);
             self.source.plug(near);
         }
-        if working {
+        if working && !self.is_away() && (!self.is_moving() || self.rng.one_in(10)) {
             self.workload();
         }
         if self.rng.one_in(40) || !working {
@@ -203,8 +215,11 @@ impl World {
             }
             self.time.advance(MILLISECOND);
         }
+        self.step_move();
         self.note_store_faults();
         self.note_end()?;
+        self.live_branches(working)?;
+        self.judge_return()?;
         if self.time.now() >= self.next_judgement {
             self.next_judgement = self.time.now() + 2 * SECOND + self.rng.below(6 * SECOND);
             self.judge()?;

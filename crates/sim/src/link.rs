@@ -3,8 +3,11 @@
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use std::time::Duration;
+
 use agent::engine::{Wire, WireClosed};
 use bytes::Bytes;
+use link::{Frame, FrameLink, LinkError, TrySend};
 use replication::wire::Message;
 
 use crate::clock::TrueTime;
@@ -95,5 +98,40 @@ impl Wire for LinkEnd {
         }
         let (_, kind, body) = lane.in_flight.pop_front().expect("the queue has a front");
         Ok(Some(Message::decode(kind, body).expect("what was encoded here decodes")))
+    }
+}
+
+/// The way home speaks frames. Nobody waits here: an empty link is an answer.
+impl FrameLink for LinkEnd {
+    fn send(&self, frame: Frame) -> Result<(), LinkError> {
+        let mut state = self.lock();
+        if state.broken {
+            return Err(LinkError::PeerClosed);
+        }
+        let arrives = self.time.now() + self.delay_ns;
+        state.lanes[self.side].in_flight.push_back((arrives, frame.kind(), frame.into_body()));
+        Ok(())
+    }
+
+    fn try_send(&self, frame: Frame) -> Result<TrySend, LinkError> {
+        if self.lock().lanes[self.side].in_flight.len() >= CAPACITY {
+            return Ok(TrySend::Full(frame));
+        }
+        self.send(frame).map(|()| TrySend::Sent)
+    }
+
+    fn recv(&self, _: Duration) -> Result<Option<Frame>, LinkError> {
+        let mut state = self.lock();
+        if state.broken {
+            return Err(LinkError::PeerClosed);
+        }
+        let now = self.time.now();
+        let stalled = now < state.stalled_until;
+        let lane = &mut state.lanes[1 - self.side];
+        if stalled || lane.in_flight.front().is_none_or(|(arrives, ..)| *arrives > now) {
+            return Ok(None);
+        }
+        let (_, kind, body) = lane.in_flight.pop_front().expect("the queue has a front");
+        Ok(Some(Frame::new(kind, body)))
     }
 }

@@ -84,6 +84,8 @@ fn lives(options: &Options) -> bool {
     let counts: Vec<_> = Fault::ALL.iter().map(|fault| format!("{fault:?} {}", count(fault))).collect();
     println!("faults: {}", counts.join(", "));
     println!("{} points judged, {} gaps, {} manifests", sum.points, sum.gaps, sum.manifests);
+    println!("{} drained moves with nothing else around them", sum.undisturbed_moves);
+    println!("{} branches opened, {} returns from one", sum.branches, sum.returns);
     println!("sim: {} passed, {failures} failed", options.count - failures);
     let missing: Vec<_> = Fault::ALL.iter().filter(|fault| count(fault) == 0).collect();
     if options.count >= 20 && options.bug.is_none() && !missing.is_empty() {

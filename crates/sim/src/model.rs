@@ -110,6 +110,19 @@ impl Model {
         self.remember(time_ns);
     }
 
+    /// The machine goes on from where `other` is, with its past.
+    pub fn follow(&mut self, other: Model, time_ns: u64) {
+        for (digest, states) in other.states {
+            self.states.entry(digest).or_default().extend(states);
+        }
+        self.reset(other.disks, time_ns);
+    }
+
+    /// The disks and their sizes.
+    pub fn sizes(&self) -> Vec<(DiskId, u64)> {
+        self.disks.iter().map(|(disk, bytes)| (*disk, bytes.len() as u64)).collect()
+    }
+
     /// All moments at which the disks had this digest.
     pub fn when(&self, digest: StateDigest) -> &[KnownState] {
         self.states.get(&digest).map_or(&[], Vec::as_slice)

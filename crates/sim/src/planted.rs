@@ -28,6 +28,14 @@ pub enum Bug {
     EverythingEqual,
     /// After a reboot the maps are trusted.
     RebootIgnored,
+    /// A branch's flush is answered before its journal is synced.
+    BranchFlushNotSynced,
+    /// Home acknowledges, and forgets that it is unfinished, before its disks are synced.
+    HomeNotSynced,
+    /// The note that home is between two states is not synced.
+    HomeNoteNotSynced,
+    /// Home's wishes are lost: nothing that differs is sent.
+    HomeWantsNothing,
     /// A server that lost its generation takes the chain back at once and tries again what it could not commit.
     RetryUnderLostGeneration,
     /// Of two writes to one place, on both sides of a cut, only the later one's bytes are kept.
@@ -37,7 +45,7 @@ pub enum Bug {
 }
 
 /// All of them, in the order in which the test runs them.
-pub const ALL: [Bug; 15] = [
+pub const ALL: [Bug; 19] = [
     Bug::AckBeforeSync,
     Bug::HealBelowOlderWrites,
     Bug::HealAboveStream,
@@ -50,6 +58,10 @@ pub const ALL: [Bug; 15] = [
     Bug::GapNotRecorded,
     Bug::EverythingEqual,
     Bug::RebootIgnored,
+    Bug::BranchFlushNotSynced,
+    Bug::HomeNotSynced,
+    Bug::HomeNoteNotSynced,
+    Bug::HomeWantsNothing,
     Bug::RetryUnderLostGeneration,
     Bug::AbsorbedAcrossCut,
     Bug::GapWithoutCause,

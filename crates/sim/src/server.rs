@@ -66,6 +66,10 @@ impl ChangeLog for SimLog {
         self.journal.lock().unwrap_or_else(PoisonError::into_inner).free_bytes()
     }
 
+    fn last(&self, chain: ChainId) -> Result<SequenceNumber, JournalError> {
+        Ok(self.journal.lock().unwrap_or_else(PoisonError::into_inner).changes_of(chain).last())
+    }
+
     fn read_back(&self, chain: ChainId, after: SequenceNumber, bytes_max: u64) -> Result<Vec<ReadBack>, JournalError> {
         let reader = self.journal.lock().unwrap_or_else(PoisonError::into_inner).changes_of(chain).after(after);
         read_back(&reader, bytes_max)
@@ -257,9 +261,10 @@ impl SimServer {
         node.link = Some(link);
     }
 
-    /// The newest manifest that this server believes it committed.
-    pub fn committed_head(&self) -> Option<ManifestLink> {
-        Some(self.running.as_ref()?.node.as_ref()?.pipeline.as_ref()?.writer().head())
+    /// The newest manifest that this server believes it committed, and its chain.
+    pub fn committed_head(&self) -> Option<(ChainId, ManifestLink)> {
+        let pipeline = self.running.as_ref()?.node.as_ref()?.pipeline.as_ref()?;
+        Some((pipeline.chain(), pipeline.writer().head()))
     }
 
     /// Lets the process work for a while.
@@ -373,6 +378,13 @@ impl Node {
             && pipeline.is_ready_to_greet()
             && let Some(hello) = self.greeting.take()
         {
+            let followed = pipeline.followed().map_err(|error| format!("followed: {error:?}"))?;
+            if followed != pipeline.chain() {
+                // The machine came home on another chain. What is pending for the old one goes into the vault first.
+                self.greeting = Some(hello);
+                self.pipeline = (!pipeline.is_drained()).then_some(pipeline);
+                return Ok(());
+            }
             let greeted =
                 pipeline.greet(&hello, machine, self.instance).map_err(|error| format!("greet: {error:?}"))?;
             match greeted {
@@ -387,6 +399,8 @@ impl Node {
                     closed.push(format!("{refusal:?}"));
                     self.drop_link();
                 }
+                // What came before is committed first.
+                Greeted::Later => self.greeting = Some(hello),
             }
         }
         self.pipeline = Some(pipeline);
@@ -397,11 +411,11 @@ impl Node {
 /// Applies the planted bugs that sit between ingest and pipeline.
 fn spoil(work: Work, bug: Option<Bug>, committed: SequenceNumber, events: &mut Vec<Event>) -> Option<Work> {
     Some(match (work, bug) {
-        (Work::HealBegin { heal, p0, hashes, planned_bytes }, Some(Bug::HealBelowOlderWrites)) => {
-            Work::HealBegin { heal, p0: SequenceNumber(p0.0 - 40), hashes, planned_bytes }
+        (Work::HealBegin { heal, p0, reach, hashes, planned_bytes }, Some(Bug::HealBelowOlderWrites)) => {
+            Work::HealBegin { heal, p0: SequenceNumber(p0.0 - 40), reach, hashes, planned_bytes }
         }
-        (Work::HealBegin { heal, p0, hashes, planned_bytes }, Some(Bug::HealAboveStream)) => {
-            Work::HealBegin { heal, p0: SequenceNumber(p0.0 + 40), hashes, planned_bytes }
+        (Work::HealBegin { heal, p0, reach, hashes, planned_bytes }, Some(Bug::HealAboveStream)) => {
+            Work::HealBegin { heal, p0: SequenceNumber(p0.0 + 40), reach, hashes, planned_bytes }
         }
         (Work::Cut(mut cut), Some(Bug::CutOneTooFar)) => {
             cut.sequence = SequenceNumber(cut.sequence.0 - 1);

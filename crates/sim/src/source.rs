@@ -1,6 +1,7 @@
 //! A protected machine: disks, a workload that writes to them through the splitter, the real agent engine, and the model
 //! that watches. It can be killed, power-cut, reverted and cloned.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -9,10 +10,13 @@ use crate::spoiled::{Interference, SharedStrikes, SpoiledCapture};
 use agent::capture::mapfile::MemoryMapStore;
 use agent::capture::splitter::{ProtectedDisk, Splitter, SplitterConfig};
 use agent::engine::{ClearedMark, Engine, Step};
+use replication::geometry::LEAF_BYTES;
 use replication::sender::SenderConfig;
 use replication::wire::OfferHashes;
-use replication::{ChainId, DiskGeometry, DiskId, DiskIdentity, InstanceId, MachineId, MarkerKind, SequenceNumber};
-use world::BlockDevice;
+use replication::{
+    ChainId, DiskGeometry, DiskId, DiskIdentity, InstanceId, MachineId, MarkerKind, PointTime, SequenceNumber,
+};
+use world::{BlockDevice, Clock};
 
 use crate::clock::{SimClock, TrueTime};
 use crate::disk::SimDisk;
@@ -66,6 +70,8 @@ pub struct Source {
     running: Option<Running>,
     link: Option<LinkEnd>,
     broken: Option<u64>,
+    /// Leaves written since the machine came home from a branch, and bytes that the vault could not compare then.
+    written_since_home: Option<(BTreeSet<(DiskId, u64)>, u64)>,
     /// Writes that happened inside the agent's step.
     interfered: SharedStrikes,
     time: TrueTime,
@@ -109,6 +115,7 @@ impl Source {
             running: None,
             link: None,
             broken: None,
+            written_since_home: None,
             interfered: Arc::default(),
             time: time.clone(),
             rng,
@@ -143,6 +150,7 @@ impl Source {
             instance: InstanceId(instance),
             boot: self.boot,
             vm_generation: [0; 16],
+            started: PointTime(self.clock.wall().0),
             name: "simulated".into(),
             hashes: OfferHashes::Plain,
             rotate_every_ns: 3_000_000_000,
@@ -202,6 +210,56 @@ impl Source {
         self.model.reset(disks, self.time.now());
     }
 
+    /// The site is lost: the machine ends as in a power cut, and whoever finds its disks writes to them. They are
+    /// returned, to be written over.
+    pub fn leave(&mut self) -> Vec<(DiskId, SimDisk)> {
+        self.power_cut();
+        let disks: Vec<_> = self.disks.iter().map(|(geometry, disk)| (geometry.disk, disk.clone())).collect();
+        for _ in 0..self.rng.below(12) {
+            let (_, disk) = &disks[self.rng.below(disks.len() as u64) as usize];
+            let sectors = disk.size() / 512;
+            let start = self.rng.below(sectors);
+            let len = (1 + self.rng.below(64)).min(sectors - start) * 512;
+            let mut data = vec![0; len as usize];
+            self.rng.fill(&mut data);
+            disk.write_at(start * 512, &data).expect("the disk is whole");
+        }
+        disks.iter().for_each(|(_, disk)| disk.flush().expect("the disk is whole"));
+        self.broken = None;
+        disks
+    }
+
+    /// The machine boots from its disks, on which it came home from a branch that `past` knows.
+    /// `unknown_bytes` of them the vault cannot compare.
+    pub fn come_home(&mut self, past: Model, unknown_bytes: u64) {
+        self.clock.reboot();
+        self.rng.fill(&mut self.boot);
+        self.maps = MemoryMapStore::new();
+        self.mark = SharedMark::default();
+        self.model.follow(past, self.time.now());
+        self.written_since_home = Some((BTreeSet::new(), unknown_bytes));
+    }
+
+    /// Most bytes in which source and vault can differ since the machine came home, until they agree again.
+    pub fn bytes_since_home(&self) -> Option<u64> {
+        self.written_since_home.as_ref().map(|(leaves, unknown)| leaves.len() as u64 * LEAF_BYTES + unknown)
+    }
+
+    /// Source and vault agree again after the return.
+    pub fn is_home_again(&mut self) {
+        self.written_since_home = None;
+    }
+
+    /// The machine's user submitted a request.
+    fn wrote(&mut self, disk: DiskId, start: u64, data: &[u8]) {
+        self.model.wrote(disk, start, data, self.time.now());
+        if let Some((leaves, _)) = &mut self.written_since_home {
+            leaves.extend(
+                (start / LEAF_BYTES..(start + data.len() as u64).div_ceil(LEAF_BYTES)).map(|leaf| (disk, leaf)),
+            );
+        }
+    }
+
     /// Gives the agent a link; a link it already has is severed.
     pub fn plug(&mut self, link: LinkEnd) {
         self.unplug();
@@ -221,6 +279,18 @@ impl Source {
         }
     }
 
+    /// Lets the agent send nothing more before a move, or go on.
+    pub fn hold(&mut self, held: bool) {
+        if let Some(running) = &mut self.running {
+            running.engine.hold(held);
+        }
+    }
+
+    /// Whether the vault has everything that was sent, so that another server can go on without a gap.
+    pub fn is_drained(&self) -> bool {
+        self.running.as_ref().is_some_and(|running| running.engine.sender().is_drained())
+    }
+
     /// Whether the agent has a link.
     pub fn is_plugged(&self) -> bool {
         self.link.is_some()
@@ -233,13 +303,13 @@ impl Source {
 
     /// Lets the agent work for a while. A link that must be renewed is dropped.
     pub fn step(&mut self) {
-        let Some(running) = &mut self.running else { return };
         for _ in 0..16 {
+            let Some(running) = &mut self.running else { return };
             let wire = self.link.as_mut().map(|link| link as &mut dyn agent::engine::Wire);
             let step = running.engine.step(wire);
             let interfered = std::mem::take(&mut *self.interfered.lock().expect("single-threaded"));
             for (disk, offset, data) in interfered {
-                self.model.wrote(disk, offset, &data, self.time.now());
+                self.wrote(disk, offset, &data);
             }
             match step {
                 Step::Busy => {}
@@ -274,7 +344,7 @@ impl Source {
         let start = if self.rng.one_in(2) { self.rng.below(sectors.min(64)) } else { self.rng.below(sectors) };
         let longest = (self.shape.write_bytes_max / 512).min(sectors - start);
         let len = (1 + self.rng.below(longest)) * 512;
-        let (start, now) = (start * 512, self.time.now());
+        let start = start * 512;
         let mut data = vec![0; len as usize];
         match self.rng.below(10) {
             0 => drop(disk.write_zeroes(start..start + len)),
@@ -284,7 +354,7 @@ impl Source {
                 drop(disk.write_at(start, &data));
             }
         }
-        self.model.wrote(geometry.disk, start, &data, now);
+        self.wrote(geometry.disk, start, &data);
         if self.rng.one_in(20) {
             drop(disk.flush());
         }
@@ -321,7 +391,7 @@ impl Source {
         let (disk, data) = (self.disks[0].0.disk, [0x5a; 512]);
         let splitter = running.splitter.disk(disk).expect("a protected disk");
         drop(splitter.write_at(offset, &data));
-        self.model.wrote(disk, offset, &data, self.time.now());
+        self.wrote(disk, offset, &data);
     }
 
     /// The disks and their sizes.

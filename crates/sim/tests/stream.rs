@@ -7,7 +7,7 @@ use replication::geometry::LEAF_BYTES;
 use replication::receiver::{self, Action, Event, Greeting, Receiver, Remembered, SessionStart};
 use replication::wire::{HealContent, Message, OfferedLeaf};
 use replication::{
-    ChainId, Change, ChangeKind, DiskId, Generation, HealId, InstanceId, PlainLeafHash, SequenceNumber, StreamHash,
+    ChainId, Change, ChangeKind, DiskId, Generation, HealId, InstanceId, PlainLeafHash, Ranges, SequenceNumber, StreamHash,
 };
 use sim::clock::{START_WALL_NS, TrueTime};
 use sim::link::{LinkEnd, connect};
@@ -154,6 +154,7 @@ impl PlainServer {
             stream: (!self.journal_lost && self.generation > Generation(0)).then_some((self.journaled, self.hash)),
             committed: self.committed,
             incomplete: self.in_gap,
+            lacking: Ranges::default(),
             last_boot: self.last_boot,
             live: None,
             empty: self.empty,
@@ -231,6 +232,9 @@ impl PlainServer {
             }
             Action::Compare { heal, offer, disk, start, leaves } => {
                 self.waiting.push((heal, offer, disk, start, leaves));
+            }
+            Action::CompareGranules { .. } | Action::CompareLeaves { .. } => {
+                unreachable!("plain hashes are offered by leaf")
             }
             Action::HealData { heal, disk, range, content } => {
                 let (current, p0, bytes) = self.heal.as_mut().expect("a heal began");

@@ -14,9 +14,11 @@ pub mod clock;
 pub mod durable;
 pub mod entropy;
 pub mod files;
+pub mod subfolder;
 
 pub use block::{BlockDevice, BlockError, Extent, ExtentKind};
 pub use block_file::{Access, FileDevice, OpenDeviceError};
 pub use clock::{Clock, Monotonic, SystemClock, WallTime};
 pub use entropy::{Entropy, SystemEntropy};
 pub use files::{AppendFile, Files, RealFiles};
+pub use subfolder::Subfolder;

@@ -14,8 +14,8 @@ const MAY_KNOW: &[(&str, &[&str])] = &[
     ("vault", &["world", "replication"]),
     ("process_server", &["world", "replication", "link", "vault"]),
     ("recovery", &["world", "replication", "link", "nbd", "agent", "vault", "process_server"]),
-    // The simulation puts its own network between the roles: it may not need the real one.
-    ("sim", &["world", "replication", "nbd", "agent", "vault", "process_server", "recovery"]),
+    // The simulation puts its own network between the roles: of `link` it knows frames and the trait that carries them.
+    ("sim", &["world", "replication", "link", "nbd", "agent", "vault", "process_server", "recovery"]),
     ("farshore", &["world", "replication", "link", "nbd", "agent", "vault", "process_server", "recovery"]),
     ("xtask", &[]),
 ];

@@ -116,7 +116,7 @@ impl World {
     pub(crate) fn protect(&self, sizes: &[u64]) -> History<'_> {
         let disks: Vec<DiskGeometry> =
             sizes.iter().enumerate().map(|(index, size)| geometry(DiskId(index as u16), *size)).collect();
-        let session = Arc::new(self.vault.owner_session(&self.entropy, &self.clock));
+        let session = Arc::new(self.vault.owner_session(&self.entropy, &self.clock).unwrap());
         let base = Generation(1).base();
         let delta = Delta {
             through: base,

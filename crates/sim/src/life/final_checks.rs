@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 use std::sync::Arc;
 
-use vault::view::ChainView;
+use recovery::view_of;
 use vault::view_source::{CacheBytes, FrameSource};
 use vault::{ChainHistory, Points, Store};
 
@@ -11,7 +11,8 @@ use super::{Report, World};
 
 impl World {
     pub(super) fn is_healthy(&mut self) -> Result<bool, String> {
-        if !self.source.is_settled() {
+        let waiting = self.branches.site.tenants.iter().any(|tenant| tenant.branch.is_none());
+        if waiting || self.is_away() || !self.source.is_settled() {
             return Ok(false);
         }
         let Some(history) = self.history()? else { return Ok(false) };
@@ -19,7 +20,7 @@ impl World {
             return Ok(false);
         }
         let Some((last, _)) = history.last_cut() else { return Ok(false) };
-        let view = ChainView::new(Arc::clone(&self.frames), history.layers(), None);
+        let view = view_of(&self.frames, &history).map_err(|error| format!("{error:?}"))?;
         Ok(self.state_at(&view, last)? == Some(self.source.model.digest()) && last == history.through)
     }
 
@@ -40,13 +41,14 @@ impl World {
         let points = Points::new(&store, &keys, &complete);
         // Read from the store anew: what the judge remembers proves nothing about what is there.
         let frames = FrameSource::new(Arc::clone(&store), Arc::clone(&keys), CacheBytes::default());
-        let view = ChainView::new(Arc::new(frames), complete.layers(), None);
+        let view = view_of(&Arc::new(frames), &complete).map_err(|error| format!("{error:?}"))?;
         for announced in self.announced.values() {
             let state = self.state_at(&view, announced.cut.sequence)?;
             if !points.is_openable(&announced.cut) || state != Some(announced.state) {
                 return Err(format!("{:?} was announced and is not what it was", announced.cut));
             }
         }
+        self.judge_branches_finally()?;
         self.nonces_are_unique()?;
         let gaps = complete.gaps().len() as u64;
         self.trace.update(&complete.head.digest).update(&self.time.now().to_le_bytes());
@@ -56,6 +58,9 @@ impl World {
             points: self.announced.len() as u64,
             gaps,
             manifests: complete.head.number,
+            branches: self.branches.opened,
+            returns: self.branches.returned,
+            undisturbed_moves: self.undisturbed_moves,
             trace: u64::from_le_bytes(*trace.as_bytes().first_chunk().expect("a hash has 32 bytes")),
         })
     }

@@ -15,14 +15,14 @@ const DELAY_NS_MAX: u64 = 50 * SECOND;
 
 /// Something that may open a gap.
 pub(super) struct Misfortune {
-    at_ns: u64,
+    pub(super) at_ns: u64,
     fault: Fault,
     /// The gap that it opened was seen.
     used: bool,
 }
 
 /// The agent's memory of the stream is gone.
-const AGENT: &[Fault] = &[Fault::AgentKilled, Fault::SourcePowerCut, Fault::SourceReverted];
+const AGENT: &[Fault] = &[Fault::AgentKilled, Fault::SourcePowerCut, Fault::SourceReverted, Fault::SiteLost];
 /// The link is gone for a while, or whoever is at its other end: the ring fills up.
 const OUTAGE: &[Fault] = &[
     Fault::RingOverflow,
@@ -39,6 +39,7 @@ const OUTAGE: &[Fault] = &[
 /// Another server continues the chain, or the same one without knowing that it was the last: it did not learn that it won
 /// its generation's name, or had not yet noted it durably.
 const TAKEN_OVER: &[Fault] = &[
+    Fault::SiteLost,
     Fault::MovedByForce,
     Fault::ServerLost,
     Fault::ServerKilled,
@@ -55,7 +56,9 @@ fn misfortunes_for(cause: &str) -> Option<&'static [Fault]> {
         "a process server took over" | "another process server took over" => TAKEN_OVER,
         // A crash loses nothing that was acknowledged; only the loss of the disk does.
         "the process server's journal was lost" => &[Fault::ServerLost, Fault::MovedByForce],
-        "a write failed" => &[Fault::WriteFailed],
+        "the agent was protecting into another chain" => &[Fault::SiteLost],
+        // Alone, or "too often for single ranges".
+        _ if cause.starts_with("a write failed") => &[Fault::WriteFailed],
         _ => return None,
     })
 }
@@ -78,6 +81,7 @@ impl World {
 
     /// Judges the gaps that were recorded since the last time.
     pub(super) fn judge_gaps(&mut self, history: &ChainHistory) -> Result<(), String> {
+        let known = self.gaps_seen.len();
         for gap in history.gaps() {
             let name = (gap.after, gap.time, gap.scope.clone());
             if !self.gaps_seen.contains(&name) {
@@ -85,7 +89,7 @@ impl World {
                 self.judge_gap(&gap)?;
             }
         }
-        Ok(())
+        self.judge_move(self.gaps_seen.len() - known)
     }
 
     fn judge_gap(&mut self, gap: &Gap) -> Result<(), String> {

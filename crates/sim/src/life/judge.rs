@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use recovery::view_of;
 use replication::SequenceNumber;
 use replication::cut::{Cut, PointTime};
 use vault::points::Which;
@@ -26,9 +27,13 @@ impl World {
         let cuts = points
             .between(from, PointTime(u64::MAX), 100_000, Which::All)
             .map_err(|error| format!("points cannot be listed: {error:?}"))?;
-        let view = ChainView::new(Arc::clone(&self.frames), history.layers(), None);
+        let view = view_of(&self.frames, &history).map_err(|error| format!("{error:?}"))?;
         for cut in cuts {
             if self.announced.contains_key(&cut.sequence) || !points.is_openable(&cut) {
+                continue;
+            }
+            // A point that lacks ranges is labelled so: the model knows only whole states.
+            if points.gaps().iter().any(|gap| gap.hides(cut.sequence)) {
                 continue;
             }
             // A point with an unreadable sector is labelled so; what it holds elsewhere is judged at the next one.
@@ -79,8 +84,11 @@ impl World {
         self.talked_to[self.assigned] = true;
         let store: Arc<dyn Store> = self.store.clone();
         for server in &self.servers {
-            let Some(head) = server.committed_head() else { continue };
+            let Some((chain, head)) = server.committed_head() else { continue };
             let keys = self.unlocked.keys();
+            // Nobody has told it yet that the machine came home on another chain.
+            let past = if chain == history.chain { None } else { Some(self.chain_history(chain)?) };
+            let history = past.as_ref().unwrap_or(history);
             if !history.contains(&store, keys, head.number, head.nonce).map_err(|error| format!("{error:?}"))? {
                 return Err(format!("server {} believes that it committed {head:?}, which is not so", server.name));
             }
@@ -91,7 +99,7 @@ impl World {
     /// Where a point differs from the disks as they are now: usually enough to see what went wrong.
     fn explain(&mut self, sequence: SequenceNumber) {
         let Ok(Some(history)) = self.history() else { return };
-        let view = ChainView::new(Arc::clone(&self.frames), history.layers(), None);
+        let Ok(view) = view_of(&self.frames, &history) else { return };
         for ((disk, size), now) in self.source.sizes().zip(self.source.snapshot()) {
             let mut bytes = vec![0; size as usize];
             if view.read(sequence, disk, 0, &mut bytes).is_ok() {

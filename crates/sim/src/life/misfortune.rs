@@ -10,6 +10,10 @@ impl World {
     /// Perhaps something goes wrong.
     pub(super) fn misfortune(&mut self) {
         let draw = self.rng.below(6000);
+        // What befalls the machine needs a machine.
+        if self.is_away() && matches!(draw, 0..=52 | 77..=79) {
+            return;
+        }
         match draw {
             0..=19 => {
                 self.strike(Fault::LinkLost);
@@ -85,6 +89,7 @@ impl World {
                 let error = self.rng.below(3600 * SECOND) as i64;
                 self.source.clock.set_wall_error(error);
             }
+            80..=83 => self.begin_move(),
             78..=79 => self.snapshot = Some(self.source.snapshot()),
             _ => {}
         }

@@ -22,7 +22,8 @@ macro_rules! faults {
 faults! {
     LinkLost, LinkStalled, AgentKilled, SourcePowerCut, SourceReverted, WriteFailed, SectorUnreadable, RingOverflow,
     ServerKilled, ServerPowerCut, ServerLost, ServerSuspended, MovedByForce, VaultPowerCut, StoreRefused, AnswerLost,
-    Garbage, SourceClockJump, ServerClockJump, NameTaken, StaleWriterFenced,
+    Garbage, SourceClockJump, ServerClockJump, NameTaken, BranchKilled, BranchPowerCut, SiteLost, HomeKilled,
+    HomePowerCut, HomeLinkLost, HomeLinkStalled, StaleWriterFenced, MovedDrained,
 }
 
 /// What a run saw.
@@ -36,6 +37,12 @@ pub struct Report {
     pub gaps: u64,
     /// Manifests committed.
     pub manifests: u64,
+    /// Branches opened.
+    pub branches: u64,
+    /// How often the machine came home from a branch.
+    pub returns: u64,
+    /// Drained moves with nothing else around them that could have opened a gap.
+    pub undisturbed_moves: u64,
     /// Digest of everything that happened: equal for equal seeds.
     pub trace: u64,
 }
@@ -49,6 +56,9 @@ impl Report {
         self.points += other.points;
         self.gaps += other.gaps;
         self.manifests += other.manifests;
+        self.undisturbed_moves += other.undisturbed_moves;
+        self.branches += other.branches;
+        self.returns += other.returns;
     }
 }
 
