@@ -8,7 +8,7 @@ use replication::codec::{DecodeError, Decoder, Encoder};
 use replication::{ChainId, DiskGeometry, MachineId, Position, SequenceNumber};
 
 use crate::error::VaultError;
-use crate::keys::{OpenKeys, WriterId, WriterSession};
+use crate::keys::{Authority, OpenKeys, WriterId, WriterRole, WriterSession};
 use crate::limits;
 use crate::manifest::{decode_list, list};
 use crate::numbered::NumberedNames;
@@ -64,6 +64,33 @@ pub enum CatalogEntry {
         /// What.
         text: String,
     },
+    /// A writer's grant ends. What it committed before stays valid.
+    GrantRevoked {
+        /// Whose.
+        writer: WriterId,
+        /// The number from which its manifests fail, for each chain it wrote to; in any other chain all fail.
+        fails_from: BTreeMap<ChainId, u64>,
+        /// Why, for people.
+        reason: String,
+        /// The name-key epoch that the next generation of each chain begins. Reserved, 0.
+        name_epoch: u32,
+    },
+}
+
+impl CatalogEntry {
+    /// Whether whoever signs with `authority` may say this.
+    fn is_for(&self, authority: Authority) -> bool {
+        match self {
+            CatalogEntry::MachineProtected { .. } => authority.is(WriterRole::ProcessServer),
+            CatalogEntry::MachineFollows { .. }
+            | CatalogEntry::BranchOpened { .. }
+            | CatalogEntry::BranchDiscarded { .. } => {
+                authority.is(WriterRole::BranchHost) || authority.is(WriterRole::Operator)
+            }
+            CatalogEntry::WriterGranted { .. } | CatalogEntry::GrantRevoked { .. } => authority == Authority::Owner,
+            CatalogEntry::Note { .. } => true,
+        }
+    }
 }
 
 /// An entry with its place and author.
@@ -112,6 +139,8 @@ pub struct Catalog {
     pub branches: BTreeMap<ChainId, Branch>,
     /// Granted writers by label.
     pub writers: BTreeMap<WriterId, String>,
+    /// Writers whose grant ended, and why.
+    pub revoked: BTreeMap<WriterId, String>,
     /// Number of the next entry.
     pub next_number: u64,
     /// Every entry, oldest first.
@@ -138,11 +167,18 @@ impl Catalog {
     pub fn refresh(&mut self, store: &Arc<dyn Store>, keys: &OpenKeys) -> Result<(), VaultError> {
         let names = NumberedNames::of_catalog(&keys.shared().name);
         loop {
-            match read_entry(store, keys, &names, self.next_number) {
-                Ok(record) => self.add(record),
+            let record = match read_entry(store, keys, &names, self.next_number) {
+                Ok(record) => Some(record),
                 Err(VaultError::Store(StoreError::NotFound(_))) => return Ok(()),
-                Err(error) if error.condemns_object() => self.alarms.push(error.to_string()),
+                Err(error) if error.condemns_object() => {
+                    self.alarms.push(error.to_string());
+                    None
+                }
                 Err(error) => return Err(error),
+            };
+            keys.with_revocations(|known| known.note(self.next_number, record.as_ref().map(|record| &record.entry)));
+            if let Some(record) = record {
+                self.add(record);
             }
             self.next_number += 1;
         }
@@ -206,13 +242,16 @@ impl Catalog {
             CatalogEntry::WriterGranted { writer, label } => {
                 self.writers.insert(writer, label);
             }
+            CatalogEntry::GrantRevoked { writer, reason, .. } => {
+                self.revoked.insert(writer, reason);
+            }
             CatalogEntry::Note { .. } => {}
         }
         self.records.push(record);
     }
 }
 
-fn read_entry(
+pub(crate) fn read_entry(
     store: &Arc<dyn Store>,
     keys: &OpenKeys,
     names: &NumberedNames,
@@ -223,6 +262,10 @@ fn read_entry(
     if object.header().placement.kind != ObjectKind::Catalog {
         return Err(VaultError::Foreign { name, reason: "it is no catalog entry" });
     }
+    let writer = object.header().writer;
+    if keys.with_revocations(|known| known.fails_entry(writer, number)) {
+        return Err(VaultError::Foreign { name, reason: "its writer's grant was revoked before" });
+    }
     let content = object.root()?;
     // An entry kind of a later version: what it changes is unknown here, so nothing may be concluded from the rest.
     let mut record = decode_content(content, number).map_err(|error| match error {
@@ -231,11 +274,14 @@ fn read_entry(
         }
         error => VaultError::content(&name)(error),
     })?;
-    record.writer = object.header().writer;
+    record.writer = writer;
+    if !record.entry.is_for(keys.authority(store, writer)?) {
+        return Err(VaultError::Foreign { name, reason: "its writer's grant does not allow what it says" });
+    }
     Ok(record)
 }
 
-fn decode_content(content: bytes::Bytes, number: u64) -> Result<Record, DecodeError> {
+pub(crate) fn decode_content(content: bytes::Bytes, number: u64) -> Result<Record, DecodeError> {
     let mut input = Decoder::new(content);
     if input.varint("entry number")? != number {
         return Err(DecodeError::Inconsistent("an entry states another number than its name"));
@@ -253,7 +299,8 @@ const BRANCH_OPENED: u8 = 3;
 const BRANCH_DISCARDED: u8 = 4;
 const WRITER_GRANTED: u8 = 5;
 const NOTE: u8 = 6;
-// Reserved: 7 grant revoked (writer, chain, number from which its manifests fail), 8 pin changed, 9 format enabled.
+const GRANT_REVOKED: u8 = 7;
+// Reserved: 8 pin changed, 9 format enabled.
 
 impl CatalogEntry {
     pub(crate) fn encode(&self, out: &mut Encoder) {
@@ -277,6 +324,13 @@ impl CatalogEntry {
             }
             CatalogEntry::Note { text } => {
                 out.u8(NOTE).text(text);
+            }
+            CatalogEntry::GrantRevoked { writer, fails_from, reason, name_epoch } => {
+                out.u8(GRANT_REVOKED).raw(&writer.0).varint(fails_from.len() as u64);
+                for (chain, number) in fails_from {
+                    out.raw(&chain.0).varint(*number);
+                }
+                out.text(reason).u32(*name_epoch);
             }
         }
     }
@@ -312,6 +366,20 @@ impl CatalogEntry {
                 label: input.text("writer label", limits::LABEL_BYTES_MAX)?,
             },
             NOTE => CatalogEntry::Note { text: input.text("note", limits::REASON_BYTES_MAX)? },
+            GRANT_REVOKED => CatalogEntry::GrantRevoked {
+                writer: WriterId(input.array("writer id")?),
+                fails_from: decode_list(input, "chains of a revocation", limits::REVOKED_CHAINS_MAX, |input| {
+                    Ok((ChainId(input.array("chain id")?), input.varint("number")?))
+                })?
+                .into_iter()
+                .collect(),
+                reason: input.text("reason of a revocation", limits::REASON_BYTES_MAX)?,
+                name_epoch: match input.u32("name-key epoch")? {
+                    0 => 0,
+                    // Names under a key this program does not look for: it would take the chain's end for its head.
+                    later => return Err(DecodeError::Undefined { field: KIND_FIELD, value: later.into() }),
+                },
+            },
             value => return Err(DecodeError::Undefined { field: KIND_FIELD, value: value.into() }),
         })
     }

@@ -1,13 +1,16 @@
 //! Chains: which manifests count, what they add up to, and who writes the next one.
 //!
 //! Manifest *n* counts if it is the first, from number 1 on and without a hole, that names the last counting one as its
-//! parent and either continues its generation as the same writer or opens the next. Objects that do not count burn
+//! parent, either continues its generation as the same writer or opens the next, and comes from somebody whose turn it
+//! is ([`Standing`]). Objects that do not count burn
 //! their number, are reported as [`Alarm`]s, and are never deleted: a sleeping writer would try that very name.
 //!
 //! [`ChainHistory::load`] reads a chain without reading all of it, by trusting a writer's checkpoints for that writer's
 //! own generation. [`ChainHistory::load_all`] trusts nothing but the manifests themselves; both give the same answer,
 //! and so does [`ChainTail`], which reads on where it stopped.
 
+mod control;
+mod standing;
 mod walk;
 mod writer;
 
@@ -23,7 +26,10 @@ use crate::manifest::{Defect, Gap, GenerationState, GeometryChange, ManifestKind
 use crate::numbered::NumberedNames;
 use crate::store::{ObjectName, Store};
 
+pub use control::ChainControl;
+pub use standing::{Closed, Holder, Phase, Standing};
 pub use walk::ChainTail;
+pub(crate) use writer::cut_text;
 pub use writer::{ChainWriter, CheckpointWish, ManifestBuilder, PreparedManifest};
 
 /// Something in a chain's folder that does not count.
@@ -40,6 +46,14 @@ pub enum Alarm {
     },
     /// A well-formed manifest that does not continue the chain, such as a stale writer's. Its number is burnt.
     Rejected {
+        /// The burnt number.
+        number: u64,
+        /// Who wrote it.
+        writer: WriterId,
+    },
+    /// A manifest continues the chain, and its writer's grant does not allow that: a branch host on a machine's chain, or
+    /// anybody on a closed one. Its number is burnt.
+    Unauthorised {
         /// The burnt number.
         number: u64,
         /// Who wrote it.
@@ -93,8 +107,13 @@ pub struct ChainHistory {
     pub proven_through: PointTime,
     /// Skew of the source's clock at the head, in nanoseconds.
     pub skew_ns: i64,
+    /// Who may write next, and what.
+    pub standing: Standing,
     /// The generations, oldest first; never empty.
     pub generations: Vec<GenerationHistory>,
+    /// Tables that merged ones replaced: they lie in the store, and nothing needs them. Only
+    /// [`ChainHistory::load_all`] knows them.
+    pub superseded: Vec<LayerRef>,
     /// What does not count, of what was seen. A complete list comes from [`ChainHistory::load_all`].
     pub alarms: Vec<Alarm>,
 }
@@ -107,7 +126,7 @@ impl ChainHistory {
     /// [`VaultError::WrongChainState`] if there is no such chain; [`VaultError::NewerFormat`] if a newer program wrote
     /// to it; errors of the store.
     pub fn load(store: &Arc<dyn Store>, keys: &OpenKeys, chain: ChainId) -> Result<ChainHistory, VaultError> {
-        walk::fast(store, keys, chain)?.map_or_else(|| ChainHistory::load_all(store, keys, chain), Ok)
+        ChainHistory::find(store, keys, chain)?.ok_or(no_such_chain(chain))
     }
 
     /// As [`ChainHistory::load`]; `None` if the chain has no manifest yet. The catalog names a machine's chain before
@@ -116,6 +135,7 @@ impl ChainHistory {
     /// # Errors
     /// As [`ChainHistory::load`].
     pub fn find(store: &Arc<dyn Store>, keys: &OpenKeys, chain: ChainId) -> Result<Option<ChainHistory>, VaultError> {
+        crate::keys::revoked::refresh(store, keys)?;
         walk::fast(store, keys, chain)?.map_or_else(|| walk::complete(store, keys, chain), |found| Ok(Some(found)))
     }
 
@@ -124,8 +144,7 @@ impl ChainHistory {
     /// # Errors
     /// As [`ChainHistory::load`].
     pub fn load_all(store: &Arc<dyn Store>, keys: &OpenKeys, chain: ChainId) -> Result<ChainHistory, VaultError> {
-        walk::complete(store, keys, chain)?
-            .ok_or(VaultError::WrongChainState { chain, reason: "there is no such chain in this vault" })
+        walk::complete(store, keys, chain)?.ok_or(no_such_chain(chain))
     }
 
     /// The newest generation.
@@ -220,6 +239,10 @@ impl ChainHistory {
     }
 }
 
+fn no_such_chain(chain: ChainId) -> VaultError {
+    VaultError::WrongChainState { chain, reason: "there is no such chain in this vault" }
+}
+
 /// All chains that have a folder in the vault, in the order of their ids.
 ///
 /// # Errors
@@ -251,6 +274,10 @@ impl GenerationHistory {
             opened: manifest.manifest.opened,
             reason: match &manifest.manifest.kind {
                 ManifestKind::OpenGeneration { reason, .. } => Some(reason.clone()),
+                ManifestKind::Close { reason, .. } => Some(format!("closed: {reason}")),
+                ManifestKind::Commit { .. } => Some("the failover was committed".into()),
+                ManifestKind::Cancel { reason, .. } => Some(format!("the failover was cancelled: {reason}")),
+                ManifestKind::HandOver => Some("the branch came home".into()),
                 ManifestKind::Genesis { .. } | ManifestKind::Append => None,
             },
             last: manifest.link,

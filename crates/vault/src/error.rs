@@ -76,6 +76,34 @@ pub enum VaultError {
         /// The burnt number.
         number: u64,
     },
+    /// The chain was closed by a failover: nobody writes to it until that is cancelled, and never again once it is
+    /// committed.
+    #[error("chain {chain} was closed by a failover to the branch {successor}{}", if *.ended { ", which is committed" } else { "" })]
+    ChainClosed {
+        /// Which chain.
+        chain: replication::ChainId,
+        /// The branch that goes on instead.
+        successor: replication::ChainId,
+        /// The failover is committed: this chain has ended.
+        ended: bool,
+    },
+    /// The writer's grant was revoked. Have it granted anew.
+    #[error("the grant of writer {writer} was revoked")]
+    Revoked {
+        /// Who.
+        writer: crate::keys::WriterId,
+    },
+    /// The writer's grant does not reach that far.
+    #[error("writer {writer} may not do this: {reason}")]
+    NotPermitted {
+        /// Who.
+        writer: crate::keys::WriterId,
+        /// What it lacks.
+        reason: &'static str,
+    },
+    /// What the vault was unlocked with opens the read key only.
+    #[error("this takes the vault owner's key, and what the vault was unlocked with opens its read key only")]
+    OwnerKeyNeeded,
     /// The chain already exists, or does not.
     #[error("chain {chain}: {reason}")]
     WrongChainState {

@@ -176,6 +176,7 @@ mod tests {
     use crate::layer::{Host, LayerKind};
     use crate::manifest::{Manifest, ManifestKind, full};
     use crate::object::{FrameClass, FrameRef, ObjectKind, Placement};
+    use crate::pack::ChunkPlace;
     use crate::table::{Content, Entry, Place, SourceIndex};
     use crate::table_page::{Child, InnerPage};
     use crate::table_root::{RootParts, encode_source_page};
@@ -360,14 +361,18 @@ mod tests {
 
     #[test]
     fn pack_indexes() {
-        let chunk = |ordinal: u32| FrameRef {
-            offset: u64::from(ordinal) * 1000,
-            sealed_len: 900,
-            plain_len: 65_536,
-            ordinal,
-            class: FrameClass::Data,
+        let chunk = |name: u8, ordinal: u32, at: u32, plain_len: u32| {
+            let frame = FrameRef {
+                offset: u64::from(ordinal) * 1000,
+                sealed_len: 900,
+                plain_len,
+                ordinal,
+                class: FrameClass::Data,
+            };
+            (LeafHash([name; 16]), ChunkPlace { frame, at })
         };
-        let chunks = [(LeafHash([1; 16]), chunk(0)), (LeafHash([2; 16]), chunk(1)), (LeafHash([3; 16]), chunk(4))];
+        let chunks =
+            [chunk(1, 0, 0, 65_536), chunk(2, 1, 0, 69_632), chunk(3, 1, 65_536, 69_632), chunk(4, 4, 0, 65_536)];
         replay::replay(
             "pack_index",
             pack_index,

@@ -4,6 +4,7 @@
 //! several threads; packs are uploaded meanwhile. An image can be cut at any time: what came so far becomes a *partial
 //! image*, durable before its reference is returned, and the next one begins.
 
+use std::collections::HashSet;
 use std::num::NonZeroUsize;
 use std::sync::Arc;
 
@@ -15,16 +16,17 @@ use crate::error::VaultError;
 use crate::image_map::{Chunk, ImageMap};
 use crate::keys::WriterSession;
 use crate::layer::{LayerKind, LayerRef};
-use crate::object::{Compression, FrameClass, FrameRef, ObjectKind};
-use crate::pack::{Batch, PackWriter, SharedDedup};
+use crate::object::{Compression, FrameClass, ObjectKind, looks_incompressible};
+use crate::pack::{ChunkPlace, PackWriter, SharedDedup};
 use crate::parallel;
 use crate::store::{ObjectName, Store};
+use crate::table::DATA_FRAME_BYTES_MAX;
 use crate::table_build::TableBuilder;
 use crate::table_sink::RollingSink;
 
-/// Bytes of granules that are worked on at once. Large enough that starting threads costs nothing, small enough to
-/// stay in the processor's cache.
-const BATCH_BYTES: usize = 4 << 20;
+/// Bytes of granules that are worked on at once. Large enough that starting threads costs nothing and that few frames are
+/// left half empty at its end.
+const BATCH_BYTES: usize = 8 << 20;
 const LEAF: usize = LEAF_BYTES as usize;
 
 /// What a table entry of a range without bytes says.
@@ -87,7 +89,7 @@ struct Queued {
     parts: Vec<(u8, Bytes)>,
 }
 
-/// What working on a granule gave.
+/// What looking at a granule gave.
 struct Prepared {
     /// Leaves that hold data.
     data: u16,
@@ -100,12 +102,19 @@ struct Prepared {
 enum PreparedChunk {
     /// All leaves are zero.
     None,
-    Known(ObjectName, FrameRef),
+    Known(ObjectName, ChunkPlace),
     New {
         name: LeafHash,
-        plain_len: usize,
-        sealed: Vec<u8>,
+        /// Not worth compressing: it gets a frame of its own, which random reads are thankful for.
+        is_noise: bool,
     },
+}
+
+/// Granules of a batch whose chunks share a frame.
+#[derive(Default)]
+struct Group {
+    granules: Vec<usize>,
+    leaves: u32,
 }
 
 impl ImageBuilder {
@@ -217,84 +226,122 @@ impl ImageBuilder {
         if self.queue.is_empty() {
             return Ok(());
         }
-        let batch = self.packs.begin_batch(self.queue.len() as u32)?;
-        let numbered: Vec<(u32, &Queued)> = (batch.first_ordinal..).zip(&self.queue).collect();
         let this = &*self;
-        let prepared =
-            parallel::map(self.options.workers, &numbered, |(ordinal, queued)| this.prepare(queued, &batch, *ordinal));
+        let prepared = parallel::map(self.options.workers, &self.queue, |queued| this.prepare(queued));
+        let groups = group(&prepared);
+        let batch = self.packs.begin_batch(self.queue.len(), groups.len() as u32)?;
+        let numbered: Vec<(u32, &Group)> = (batch.first_ordinal..).zip(&groups).collect();
+        let (queue, compression) = (&self.queue, self.options.compression);
+        let sealed = parallel::map(self.options.workers, &numbered, |(ordinal, group)| {
+            let plain = gather(queue, &prepared, group);
+            batch.sealer.seal(FrameClass::Data, *ordinal, &plain, compression)
+        });
+        for ((ordinal, group), sealed) in numbered.into_iter().zip(sealed) {
+            self.stats.stored_bytes += sealed.len() as u64;
+            let chunks = group.granules.iter().filter_map(|&index| prepared[index].new_chunk());
+            self.packs.append(ordinal, sealed, chunks)?;
+        }
         let queue = std::mem::take(&mut self.queue);
         self.queued_bytes = 0;
-        for ((ordinal, queued), prepared) in (batch.first_ordinal..).zip(queue).zip(prepared) {
-            self.enter(&queued, ordinal, prepared)?;
+        let fresh: HashSet<usize> = groups.into_iter().flat_map(|group| group.granules).collect();
+        for (index, (queued, prepared)) in queue.into_iter().zip(prepared).enumerate() {
+            self.enter(&queued, prepared, fresh.contains(&index));
         }
         Ok(())
     }
 
-    fn prepare(&self, queued: &Queued, batch: &Batch, ordinal: u32) -> Prepared {
+    fn prepare(&self, queued: &Queued) -> Prepared {
         let mut prepared = Prepared { data: 0, zero: 0, hashes: Vec::new(), chunk: PreparedChunk::None };
-        let whole = match &queued.parts[..] {
-            [(_, bytes)] => bytes,
-            _ => &Bytes::new(),
-        };
-        let mut gathered = Vec::new();
+        let mut leaves = Vec::with_capacity(LEAVES_PER_GRANULE as usize);
         for (index, leaf) in queued.leaves() {
             if leaf == self.zero_leaf {
                 prepared.zero |= 1 << index;
-                continue;
+            } else {
+                prepared.data |= 1 << index;
+                leaves.push(leaf);
             }
-            prepared.data |= 1 << index;
-            prepared.hashes.push(self.leaf_key.leaf(PlainLeafHash::of(leaf)));
         }
-        if prepared.hashes.is_empty() {
+        if leaves.is_empty() {
             return prepared;
         }
+        prepared.hashes = PlainLeafHash::of_each(&leaves).into_iter().map(|plain| self.leaf_key.leaf(plain)).collect();
         let name = self.leaf_key.granule(&prepared.hashes);
-        if let Some((pack, frame)) = self.packs.find(&name) {
-            prepared.chunk = PreparedChunk::Known(pack, frame);
-            return prepared;
-        }
-        let plain = if prepared.zero == 0 && !whole.is_empty() {
-            &whole[..]
-        } else {
-            gathered.reserve(prepared.hashes.len() * LEAF);
-            let data = queued.leaves().filter(|(index, _)| prepared.data & 1 << index != 0);
-            data.for_each(|(_, leaf)| gathered.extend_from_slice(leaf));
-            &gathered
+        prepared.chunk = match self.packs.find(&name) {
+            Some((pack, place)) => PreparedChunk::Known(pack, place),
+            None => {
+                let compressed = self.options.compression != Compression::None;
+                PreparedChunk::New { name, is_noise: compressed && looks_incompressible(&leaves.concat()) }
+            }
         };
-        let sealed = batch.sealer.seal(FrameClass::Data, ordinal, plain, self.options.compression);
-        prepared.chunk = PreparedChunk::New { name, plain_len: plain.len(), sealed };
         prepared
     }
 
-    fn enter(&mut self, queued: &Queued, ordinal: u32, prepared: Prepared) -> Result<(), VaultError> {
+    /// Enters a granule into the map. `is_fresh`: its chunk was stored for it and not for an equal granule.
+    fn enter(&mut self, queued: &Queued, prepared: Prepared, is_fresh: bool) {
         let data_bytes = u64::from(prepared.data.count_ones()) * LEAF_BYTES;
-        self.stats.zero_bytes += u64::from(prepared.zero.count_ones()) * LEAF_BYTES;
         let place = match prepared.chunk {
             PreparedChunk::None => None,
-            PreparedChunk::Known(pack, frame) => {
-                self.stats.deduplicated_bytes += data_bytes;
-                Some((pack, frame))
-            }
-            PreparedChunk::New { name, plain_len, sealed } => {
-                let stored = sealed.len() as u64;
-                let place = self.packs.append(name, ordinal, plain_len, sealed)?;
-                // Another granule of the batch may have brought the same chunk.
-                let fresh = place.1.ordinal == ordinal;
-                self.stats.stored_bytes += if fresh { stored } else { 0 };
-                self.stats.deduplicated_bytes += if fresh { 0 } else { data_bytes };
-                Some(place)
+            PreparedChunk::Known(pack, place) => Some((pack, place)),
+            PreparedChunk::New { name, .. } => {
+                Some(self.packs.find(&name).expect("every new chunk of the batch was just added"))
             }
         };
-        if let Some((pack, frame)) = place {
-            let chunk = Chunk { pack, frame, leaves: prepared.data };
+        if let Some((pack, place)) = place {
+            self.stats.deduplicated_bytes += if is_fresh { 0 } else { data_bytes };
+            let chunk = Chunk { pack, place, leaves: prepared.data };
             self.map.add_data(queued.disk, queued.granule, chunk, &prepared.hashes, queued.arrival);
         }
+        self.stats.zero_bytes += u64::from(prepared.zero.count_ones()) * LEAF_BYTES;
         let start = queued.granule * GRANULE_BYTES;
         for run in runs(prepared.zero) {
             self.map.add_absent(queued.disk, run.range(start), Absence::Zero, queued.arrival);
         }
-        Ok(())
     }
+}
+
+impl Prepared {
+    /// Name and leaves of the chunk, if it is not stored yet.
+    fn new_chunk(&self) -> Option<(LeafHash, u8)> {
+        match self.chunk {
+            PreparedChunk::New { name, .. } => Some((name, self.hashes.len() as u8)),
+            PreparedChunk::None | PreparedChunk::Known(..) => None,
+        }
+    }
+}
+
+/// Which new chunks share a frame: neighbours in the order of arrival, each chunk once.
+fn group(prepared: &[Prepared]) -> Vec<Group> {
+    let mut names = HashSet::new();
+    let mut groups = Vec::new();
+    let mut open = Group::default();
+    for (index, granule) in prepared.iter().enumerate() {
+        let PreparedChunk::New { name, is_noise } = granule.chunk else { continue };
+        if !names.insert(name) {
+            continue;
+        }
+        let leaves = granule.hashes.len() as u32;
+        if is_noise {
+            groups.push(Group { granules: vec![index], leaves });
+            continue;
+        }
+        if open.leaves + leaves > (DATA_FRAME_BYTES_MAX / LEAF) as u32 {
+            groups.push(std::mem::take(&mut open));
+        }
+        open.granules.push(index);
+        open.leaves += leaves;
+    }
+    groups.extend(Some(open).filter(|open| open.leaves > 0));
+    groups
+}
+
+/// The plaintext of a frame: the leaves of its granules that hold data.
+fn gather(queue: &[Queued], prepared: &[Prepared], group: &Group) -> Vec<u8> {
+    let mut plain = Vec::with_capacity(group.leaves as usize * LEAF);
+    for &index in &group.granules {
+        let data = queue[index].leaves().filter(|(leaf, _)| prepared[index].data & 1 << leaf != 0);
+        data.for_each(|(_, leaf)| plain.extend_from_slice(leaf));
+    }
+    plain
 }
 
 impl Queued {

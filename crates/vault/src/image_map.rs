@@ -7,6 +7,7 @@ use replication::{DiskId, LeafHash, SequenceNumber};
 
 use crate::image::{Absence, runs};
 use crate::object::FrameRef;
+use crate::pack::ChunkPlace;
 use crate::segment_absorb::Covered;
 use crate::store::ObjectName;
 use crate::table::{Content, Entry, Place, SourceIndex, WIDE_BYTES_MIN};
@@ -35,13 +36,13 @@ struct Item {
 #[derive(Debug, Clone)]
 pub(crate) struct Chunk {
     pub(crate) pack: ObjectName,
-    pub(crate) frame: FrameRef,
+    pub(crate) place: ChunkPlace,
     pub(crate) leaves: u16,
 }
 
 #[derive(Debug, Clone, Copy)]
 enum ItemContent {
-    /// A pack of the map, a chunk in it, the run's place in the chunk, and where its hashes begin.
+    /// A pack of the map, a frame in it, the run's place in the frame, and where its hashes begin.
     Data {
         pack: u32,
         frame: FrameRef,
@@ -64,14 +65,14 @@ impl ImageMap {
 
     /// Leaves of a granule are a chunk, and hash to `hashes`.
     pub(crate) fn add_data(&mut self, disk: DiskId, granule: u64, chunk: Chunk, hashes: &[LeafHash], arrival: u64) {
-        let Chunk { pack, frame, leaves } = chunk;
+        let Chunk { pack, place: ChunkPlace { frame, mut at }, leaves } = chunk;
         let next = self.packs.len() as u32;
         let packs = &mut self.packs;
         let pack = *self.pack_numbers.entry(pack).or_insert_with_key(|pack| {
             packs.push(pack.clone());
             next
         });
-        let (mut at, mut first_hash) = (0, self.hashes.len() as u32);
+        let mut first_hash = self.hashes.len() as u32;
         for run in runs(leaves) {
             let range = run.range(granule * GRANULE_BYTES);
             let content = ItemContent::Data { pack, frame, at, hashes: first_hash };

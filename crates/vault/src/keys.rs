@@ -14,6 +14,7 @@ mod grants;
 mod hpke_seal;
 mod open;
 mod recovery_key;
+pub(crate) mod revoked;
 mod slot;
 mod writer;
 
@@ -24,11 +25,12 @@ use ring::signature::{ED25519, Ed25519KeyPair, KeyPair, UnparsedPublicKey};
 use world::Entropy;
 use zeroize::{Zeroize, ZeroizeOnDrop};
 
-pub use grants::{Grant, WriterRole};
+pub use grants::{Authority, Grant, WriterRole};
 pub use hpke_seal::{ReadPublic, ReadSecret, SealedKey};
 pub use open::OpenKeys;
 pub use recovery_key::{RecoveryKey, RecoveryKeyError};
-pub(crate) use slot::KeySlot;
+pub use revoked::Revocation;
+pub(crate) use slot::{KeySlot, SlotOf};
 pub use slot::{PassphraseCost, SlotKind, VaultSecrets};
 pub(crate) use writer::DataKey;
 pub use writer::{WriterKeys, WriterKeysError, WriterSession};

@@ -7,12 +7,16 @@
 //! * [`object`]: one signed envelope around encrypted frames.
 //! * [`vault`]: made, opened, unlocked, granted to writers; [`catalog`]: what it protects.
 //! * [`table`], [`segment`], [`image`], [`pack`], [`merge`]: changes and disks as layers.
-//! * [`manifest`], [`chain`], [`points`]: history, its one writer, and the moments that can be opened.
+//! * [`manifest`], [`chain`], [`points`]: history, its one writer, and the moments that can be opened; [`revoke`]: how a
+//!   writer's grant ends; [`heads`]: the newest of it as this host last saw it.
 //! * [`view`]: what a disk holds at a point; [`verify`]: whether everything is still what was written.
 
 pub mod catalog;
 pub mod chain;
 pub mod error;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
+pub mod heads;
 pub mod image;
 mod image_map;
 pub mod keys;
@@ -27,6 +31,7 @@ pub mod pack;
 pub mod pack_dedup;
 pub mod parallel;
 pub mod points;
+pub mod revoke;
 pub mod segment;
 mod segment_absorb;
 pub mod store;
@@ -55,8 +60,9 @@ pub mod view_source;
 mod view_tests;
 
 pub use catalog::{Catalog, CatalogEntry};
-pub use chain::{ChainHistory, ChainTail, ChainWriter, CheckpointWish, PreparedManifest};
+pub use chain::{ChainControl, ChainHistory, ChainTail, ChainWriter, CheckpointWish, PreparedManifest};
 pub use error::{Damage, VaultError};
+pub use heads::{RolledBack, SeenHeads};
 pub use keys::{OpenKeys, RecoveryKey, VaultId, WriterId, WriterKeys, WriterSession};
 pub use manifest::{Delta, Gap, GapClosed, GapScope, GeometryChange, Manifest, ManifestLink};
 pub use object::{

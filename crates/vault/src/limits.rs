@@ -58,3 +58,9 @@ pub const SKIPS_MAX: u64 = 512;
 pub const REASON_BYTES_MAX: usize = 1024;
 /// Invalid manifests at the end of a chain that the fast way of reading it skips.
 pub const INVALID_AT_HEAD_MAX: usize = 16;
+/// Most key slots of a vault that one slot supersedes.
+pub const SLOTS_MAX: u64 = 64;
+/// Most chains that one revocation names.
+pub const REVOKED_CHAINS_MAX: u64 = 1 << 16;
+/// How often somebody else's manifest may come first while a chain is closed, committed, cancelled or handed over.
+pub const CONTROL_RACES_MAX: usize = 256;

@@ -14,13 +14,15 @@ use replication::{
 };
 
 use crate::error::{Damage, VaultError};
-use crate::keys::{ObjectNonce, OpenKeys, WriterId};
+use crate::keys::{Authority, ObjectNonce, OpenKeys, WriterId};
 use crate::layer::LayerRef;
 use crate::limits;
 use crate::numbered::NumberedNames;
 use crate::object::{ObjectKind, ObjectReader};
 use crate::store::Store;
 
+#[cfg(test)]
+pub(crate) use codec::tests::full;
 pub(crate) use codec::{decode_list, decode_manifest, encode_manifest, list};
 pub use generation::GenerationState;
 
@@ -54,6 +56,36 @@ pub enum ManifestKind {
     },
     /// More history.
     Append,
+    /// The machine fails over: nobody writes to its chain until a cancel.
+    Close {
+        /// The branch that goes on instead.
+        successor: ChainId,
+        /// Why, for people.
+        reason: String,
+        /// Wall time of the operator, in seconds since 1970. An annotation.
+        seconds: u64,
+    },
+    /// The failover stands: the chain has ended.
+    Commit {
+        /// The close.
+        close: ObjectNonce,
+    },
+    /// The failover is taken back: the next generation goes on.
+    Cancel {
+        /// The close.
+        close: ObjectNonce,
+        /// Why, for people.
+        reason: String,
+    },
+    /// A branch came home: its chain is the machine's from here on, and process servers write to it.
+    HandOver,
+}
+
+impl ManifestKind {
+    /// Whether a writer's history can follow within the same generation.
+    fn takes_appends(&self) -> bool {
+        matches!(self, ManifestKind::Genesis { .. } | ManifestKind::OpenGeneration { .. } | ManifestKind::Append)
+    }
 }
 
 /// What a gap applies to.
@@ -207,6 +239,8 @@ pub struct SignedManifest {
     pub generation: Generation,
     /// Who wrote it.
     pub writer: WriterId,
+    /// On whose word it was signed.
+    pub authority: Authority,
     /// Its content; layers are resolved to the objects that hold them.
     pub manifest: Manifest,
 }
@@ -257,6 +291,10 @@ impl SignedManifest {
         if placement.kind != ObjectKind::Manifest || placement.chain != chain {
             return Err(VaultError::Foreign { name, reason: "it is no manifest of this chain" });
         }
+        let writer = object.header().writer;
+        if keys.with_revocations(|known| known.fails_from(writer, chain)).is_some_and(|from| number >= from) {
+            return Err(VaultError::Foreign { name, reason: "its writer's grant was revoked before" });
+        }
         let mut manifest = decode_manifest(&object.root()?).map_err(|error| codec::refusal(&name, error))?;
         if manifest.number != number {
             return Err(object.damaged(Damage::Contradiction("it states another number than its name")));
@@ -265,13 +303,15 @@ impl SignedManifest {
         Ok(SignedManifest {
             link: ManifestLink { number, nonce: object.header().nonce, digest: object.digest() },
             generation: placement.generation,
-            writer: object.header().writer,
+            writer,
+            authority: keys.authority(store, writer)?,
             manifest,
         })
     }
 
-    /// Whether this manifest may follow `parent`: it names it exactly, and either continues its generation as the same
-    /// writer or opens the next. `None` asks for a chain's first manifest.
+    /// Whether this manifest may follow `parent` by its shape: it names it exactly, and either continues its generation as
+    /// the same writer or opens the next. `None` asks for a chain's first manifest. Whether its writer may do so, and
+    /// whether the chain is closed, is for [`crate::chain::Standing`] to judge.
     pub fn continues(&self, parent: Option<&SignedManifest>) -> bool {
         let Some(parent) = parent else {
             return self.manifest.parent.is_none()
@@ -283,16 +323,36 @@ impl SignedManifest {
         }
         match self.manifest.kind {
             ManifestKind::Genesis { .. } => false,
-            ManifestKind::OpenGeneration { .. } => {
-                self.generation.0 == parent.generation.0.saturating_add(1) && self.manifest.opened == self.link.number
-            }
+            ManifestKind::OpenGeneration { .. } => self.opens_after(parent),
+            ManifestKind::Close { .. }
+            | ManifestKind::Commit { .. }
+            | ManifestKind::Cancel { .. }
+            | ManifestKind::HandOver => self.opens_after(parent) && self.adds_nothing(&parent.manifest.delta),
             ManifestKind::Append => {
-                self.generation == parent.generation
+                parent.manifest.kind.takes_appends()
+                    && self.generation == parent.generation
                     && self.writer == parent.writer
                     && self.manifest.opened == parent.manifest.opened
                     && self.manifest.delta.through >= parent.manifest.delta.through
             }
         }
+    }
+}
+
+impl SignedManifest {
+    fn opens_after(&self, parent: &SignedManifest) -> bool {
+        self.generation.0 == parent.generation.0.saturating_add(1) && self.manifest.opened == self.link.number
+    }
+
+    /// A manifest that is only a decision repeats where the chain stands and adds no history.
+    fn adds_nothing(&self, before: &Delta) -> bool {
+        let nothing = Delta {
+            through: before.through,
+            proven_through: before.proven_through,
+            skew_ns: self.manifest.delta.skew_ns,
+            ..Delta::default()
+        };
+        self.manifest.delta == nothing && self.manifest.checkpoint.is_none()
     }
 }
 

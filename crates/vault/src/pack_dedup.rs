@@ -4,10 +4,14 @@
 //! or that somebody else could have forged, is never referred to. Loaded at start from the server's own pack indexes.
 
 use replication::LeafHash;
+use replication::geometry::LEAF_BYTES;
 
 use crate::object::{FrameClass, FrameRef};
+use crate::pack::ChunkPlace;
 use crate::store::ObjectName;
 
+/// Longest sealed frame that a record can name, in bytes.
+const SEALED_LEN_MAX: u32 = (1 << 19) - 1;
 /// Records allocated at once, so that growth never copies them.
 const BLOCK: usize = 1 << 16;
 
@@ -18,7 +22,8 @@ struct Record {
     pack: u32,
     offset: u32,
     ordinal: u32,
-    /// Sealed length in the low 24 bits, plaintext length in leaves above.
+    /// Sealed length of the frame in the low 19 bits; above, in leaves: 7 bits of the frame's length, 6 bits of the place
+    /// within it. The chunk's own length is known to whoever looks it up.
     lens: u32,
 }
 
@@ -59,28 +64,30 @@ impl DedupIndex {
     }
 
     /// Where the chunk `name` is.
-    pub fn find(&self, name: &LeafHash) -> Option<(&ObjectName, FrameRef)> {
+    pub fn find(&self, name: &LeafHash) -> Option<(&ObjectName, ChunkPlace)> {
         let record = self.record(self.slots[self.slot_of(&name.0)].checked_sub(1)?);
         let frame = FrameRef {
             offset: record.offset.into(),
-            sealed_len: record.lens & 0xff_ffff,
-            plain_len: (record.lens >> 24) * replication::geometry::LEAF_BYTES as u32,
+            sealed_len: record.lens & SEALED_LEN_MAX,
+            plain_len: (record.lens >> 19 & 0x7f) * LEAF_BYTES as u32,
             ordinal: record.ordinal,
             class: FrameClass::Data,
         };
-        Some((&self.packs[record.pack as usize], frame))
+        let place = ChunkPlace { frame, at: (record.lens >> 26) * LEAF_BYTES as u32 };
+        Some((&self.packs[record.pack as usize], place))
     }
 
     /// Adds the chunks of a pack that is durable. Names already known keep their place.
-    pub fn add_pack(&mut self, pack: &ObjectName, chunks: impl IntoIterator<Item = (LeafHash, FrameRef)>) {
+    pub fn add_pack(&mut self, pack: &ObjectName, chunks: impl IntoIterator<Item = (LeafHash, ChunkPlace)>) {
         let number = self.packs.len() as u32;
         let before = self.len;
-        for (name, frame) in chunks {
-            let leaves = frame.plain_len / replication::geometry::LEAF_BYTES as u32;
-            if self.len == self.chunks_max || frame.offset > u32::MAX.into() || frame.sealed_len > 0xff_ffff {
+        for (name, ChunkPlace { frame, at }) in chunks {
+            let [leaves, at] = [frame.plain_len, at].map(|bytes| bytes / LEAF_BYTES as u32);
+            let fits = frame.offset <= u32::MAX.into() && frame.sealed_len <= SEALED_LEN_MAX && leaves < 128 && at < 64;
+            if self.len == self.chunks_max || !fits {
                 continue;
             }
-            let lens = frame.sealed_len | leaves << 24;
+            let lens = frame.sealed_len | leaves << 19 | at << 26;
             let offset = frame.offset as u32;
             self.insert(Record { name: name.0, pack: number, offset, ordinal: frame.ordinal, lens });
         }
@@ -138,17 +145,17 @@ impl DedupIndex {
 mod tests {
     use super::*;
 
-    fn chunk(number: u64) -> (LeafHash, FrameRef) {
+    fn chunk(number: u64) -> (LeafHash, ChunkPlace) {
         let hash = blake3::hash(&number.to_le_bytes());
         let name = LeafHash(*hash.as_bytes().first_chunk().expect("32 bytes"));
         let frame = FrameRef {
             offset: number * 100,
             sealed_len: 99,
-            plain_len: 4096 * (1 + number as u32 % 16),
+            plain_len: 4096 * (1 + number as u32 % 64),
             ordinal: number as u32,
             class: FrameClass::Data,
         };
-        (name, frame)
+        (name, ChunkPlace { frame, at: 4096 * (number as u32 % 64) })
     }
 
     #[test]
@@ -160,9 +167,9 @@ mod tests {
         }
         assert_eq!(index.len(), 500_000);
         for number in 0..500_000 {
-            let (name, frame) = chunk(number);
+            let (name, place) = chunk(number);
             let (pack, found) = index.find(&name).expect("was added");
-            assert_eq!((pack.as_str(), found), (format!("packs/{}", number / 5000).as_str(), frame));
+            assert_eq!((pack.as_str(), found), (format!("packs/{}", number / 5000).as_str(), place));
         }
         assert!(index.find(&chunk(500_000).0).is_none());
         assert!(index.memory_bytes() <= 42 * index.len(), "{} bytes a chunk", index.memory_bytes() / index.len());

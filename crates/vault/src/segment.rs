@@ -8,7 +8,7 @@
 use std::num::NonZeroUsize;
 
 use bytes::Bytes;
-use replication::geometry::LEAF_BYTES;
+use replication::geometry::{GRANULE_BYTES, LEAF_BYTES};
 use replication::{Change, LeafHash, LeafKey, PlainLeafHash, SequenceNumber};
 
 use crate::error::VaultError;
@@ -16,9 +16,13 @@ use crate::layer::{Host, LayerKind, LayerRef};
 use crate::object::{Compression, FrameClass, ObjectBuilder};
 use crate::parallel;
 use crate::segment_absorb::{Piece, PieceContent, absorb};
-use crate::table::{Content, DATA_FRAME_BYTES_MAX, Entry, Place, SourceIndex};
+use crate::table::{Content, Entry, Place, SourceIndex};
 use crate::table_build::TableBuilder;
 use crate::table_sink::{HostSink, layer};
+
+/// Largest plaintext of a segment's data frame, in bytes. Smaller than an image's: what a frame of scattered writes holds
+/// is rarely read together.
+const FRAME_BYTES_MAX: usize = GRANULE_BYTES as usize;
 
 /// How segments are sealed.
 #[derive(Debug, Clone)]
@@ -122,7 +126,7 @@ fn seal_frames(
     for piece in pieces.iter().filter(|piece| matches!(piece.content, PieceContent::Data(_))) {
         if piece.range.len > room || groups.is_empty() {
             groups.push((object.reserve_ordinals(1).start, Vec::new()));
-            room = DATA_FRAME_BYTES_MAX as u64;
+            room = FRAME_BYTES_MAX as u64;
         }
         room -= piece.range.len;
         groups.last_mut().expect("one was just added").1.push(piece);
@@ -140,8 +144,8 @@ fn seal_frames(
 }
 
 fn fill_frame(pieces: &[&Piece], leaf_key: &LeafKey) -> (Vec<u8>, Vec<LeafHash>) {
-    let mut plain = Vec::with_capacity(DATA_FRAME_BYTES_MAX);
-    let mut hashes = Vec::with_capacity(DATA_FRAME_BYTES_MAX / LEAF_BYTES as usize);
+    let mut plain = Vec::with_capacity(FRAME_BYTES_MAX);
+    let mut hashes = Vec::with_capacity(FRAME_BYTES_MAX / LEAF_BYTES as usize);
     for piece in pieces {
         let start = plain.len();
         if let PieceContent::Data(slices) = &piece.content {
@@ -149,7 +153,8 @@ fn fill_frame(pieces: &[&Piece], leaf_key: &LeafKey) -> (Vec<u8>, Vec<LeafHash>)
         }
         if let Some(leaves) = piece.range.whole_units(LEAF_BYTES) {
             let whole = &plain[start..][leaves.within(piece.range.start)];
-            hashes.extend(whole.chunks_exact(LEAF_BYTES as usize).map(|leaf| leaf_key.leaf(PlainLeafHash::of(leaf))));
+            let leaves: Vec<&[u8]> = whole.chunks_exact(LEAF_BYTES as usize).collect();
+            hashes.extend(PlainLeafHash::of_each(&leaves).into_iter().map(|plain| leaf_key.leaf(plain)));
         }
     }
     (plain, hashes)

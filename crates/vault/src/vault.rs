@@ -11,7 +11,7 @@ use world::{Clock, Entropy};
 use crate::error::{Damage, VaultError};
 use crate::keys::{
     Grant, KeySlot, OpenKeys, OwnerSecret, PassphraseCost, ReadPublic, ReadSecret, RecoveryKey, SealedKey, SharedKeys,
-    SlotKind, VaultId, VaultSecrets, VerifyingKey, WriterId, WriterKeys, WriterRole, WriterSession,
+    SlotKind, SlotOf, VaultId, VaultSecrets, VerifyingKey, WriterId, WriterKeys, WriterRole, WriterSession,
 };
 use crate::layout;
 use crate::limits;
@@ -39,13 +39,31 @@ pub enum Credential<'a> {
     Recovery(&'a RecoveryKey),
 }
 
-/// A vault with its secrets: can read everything and grant to writers.
+/// A vault with its read key: can read everything. If what unlocked it opened the owner's key too, it can also grant to
+/// writers and revoke.
 #[derive(Clone)]
 pub struct UnlockedVault {
     vault: Vault,
     secrets: VaultSecrets,
     shared: SharedKeys,
     keys: Arc<OpenKeys>,
+}
+
+/// A key slot of a vault, for people.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SlotInfo {
+    /// The number in its name.
+    pub id: u64,
+    /// What opens it.
+    pub kind: SlotKind,
+    /// A later slot took its place: it is not tried any more.
+    pub superseded: bool,
+}
+
+/// A slot with its place.
+struct StoredSlot {
+    id: u64,
+    slot: KeySlot,
 }
 
 const SHARED_KEYS_INFO: &[u8] = b"farshore shared keys v1";
@@ -81,23 +99,29 @@ impl Vault {
         })?;
         let dyn_entropy = entropy.as_ref();
         let secrets =
-            VaultSecrets { read: ReadSecret::generate(dyn_entropy), owner: OwnerSecret::generate(dyn_entropy) };
+            VaultSecrets { read: ReadSecret::generate(dyn_entropy), owner: Some(OwnerSecret::generate(dyn_entropy)) };
         let shared = SharedKeys::generate(dyn_entropy);
         let recovery = RecoveryKey::generate(dyn_entropy);
         let vault = Vault {
             store,
             id: VaultId(dyn_entropy.bytes()),
-            owner: secrets.owner.public(),
+            owner: secrets.owner.as_ref().expect("it was just made").public(),
             read: secrets.read.public(),
             created_seconds: clock.wall().seconds(),
         };
         let unlocked = UnlockedVault::new(vault, secrets, shared);
-        let session = unlocked.owner_session(entropy, clock);
+        let session = unlocked.owner_session(entropy, clock)?;
         unlocked.put_shared_keys(&session)?;
         let vault = &unlocked.vault;
         for slot in [
-            KeySlot::under_passphrase(passphrase, cost, vault.id, &unlocked.secrets, dyn_entropy),
-            KeySlot::under_recovery_key(&recovery, vault.id, &unlocked.secrets, dyn_entropy),
+            KeySlot::under_passphrase(
+                passphrase,
+                SlotKind::Passphrase(cost),
+                vault.slot_of(),
+                &unlocked.secrets,
+                dyn_entropy,
+            ),
+            KeySlot::under_recovery_key(&recovery, vault.slot_of(), &unlocked.secrets, dyn_entropy),
         ] {
             unlocked.put_slot(&session, &slot)?;
         }
@@ -181,9 +205,29 @@ impl Vault {
     /// [`VaultError::WrongPassphrase`] or [`VaultError::WrongRecoveryKey`] if no key slot opens; a damaged slot is
     /// reported only if none of the others opens.
     pub fn unlock(&self, credential: Credential<'_>) -> Result<UnlockedVault, VaultError> {
-        let secrets = self.open_slot(credential)?;
+        let (secrets, _) = self.open_slot(credential)?;
+        self.unlock_with(secrets)
+    }
+
+    /// Opens the vault with its read secret, as another process of this host hands it over.
+    ///
+    /// # Errors
+    /// [`VaultError::Foreign`] if it is another vault's.
+    pub fn unlock_reading(&self, read: ReadSecret) -> Result<UnlockedVault, VaultError> {
+        if read.public() != self.read {
+            let name = layout::vault_header();
+            return Err(VaultError::Foreign { name, reason: "the read key at hand is another vault's" });
+        }
+        self.unlock_with(VaultSecrets { read, owner: None })
+    }
+
+    fn unlock_with(&self, secrets: VaultSecrets) -> Result<UnlockedVault, VaultError> {
         let shared = self.read_shared_keys(&secrets)?;
         Ok(UnlockedVault::new(self.clone(), secrets, shared))
+    }
+
+    fn slot_of(&self) -> SlotOf {
+        SlotOf { vault: self.id, owner: self.owner, read: self.read }
     }
 
     /// Whether `credential` opens the vault, without keeping anything.
@@ -194,27 +238,51 @@ impl Vault {
         self.unlock(credential).map(drop)
     }
 
-    fn open_slot(&self, credential: Credential<'_>) -> Result<VaultSecrets, VaultError> {
-        let mut damaged = None;
-        let mut opened = None;
+    /// The vault's key slots, by name. Damaged ones are left out.
+    ///
+    /// # Errors
+    /// Those of the store.
+    pub fn slots(&self) -> Result<Vec<SlotInfo>, VaultError> {
+        let (slots, _) = self.read_slots()?;
+        let superseded = |id| slots.iter().any(|stored| stored.slot.supersedes.contains(&id));
+        Ok(slots
+            .iter()
+            .map(|stored| SlotInfo { id: stored.id, kind: stored.slot.kind, superseded: superseded(stored.id) })
+            .collect())
+    }
+
+    fn read_slots(&self) -> Result<(Vec<StoredSlot>, Option<VaultError>), VaultError> {
+        let (mut slots, mut damaged) = (Vec::new(), None);
         self.store.for_each(&layout::keys_of(self.id), |name| {
             if !name.as_str().contains("/slot-") {
                 return Ok(true);
             }
-            match self.read_slot(&name) {
-                Ok(slot) => {
-                    opened = match credential {
-                        Credential::Passphrase(text) => slot.open_with_passphrase(text, self.id, self.owner, self.read),
-                        Credential::Recovery(key) => slot.open_with_recovery_key(key, self.id, self.owner, self.read),
-                    };
-                }
-                Err(error) if error.condemns_object() => damaged = Some(error),
-                Err(error) => return Err(error),
+            let number = name.as_str().rsplit('-').next().and_then(|digits| u64::from_str_radix(digits, 16).ok());
+            match (self.read_slot(&name), number) {
+                (Ok(slot), Some(id)) => slots.push(StoredSlot { id, slot }),
+                (Ok(_), None) => {}
+                (Err(error), _) if error.condemns_object() => damaged = Some(error),
+                (Err(error), _) => return Err(error),
             }
-            Ok(opened.is_none())
+            Ok(true)
         })?;
+        Ok((slots, damaged))
+    }
+
+    /// The secrets, and the slot that gave them.
+    fn open_slot(&self, credential: Credential<'_>) -> Result<(VaultSecrets, u64), VaultError> {
+        let (slots, damaged) = self.read_slots()?;
+        let superseded: Vec<u64> = slots.iter().flat_map(|stored| stored.slot.supersedes.iter().copied()).collect();
+        let of = self.slot_of();
+        let opened = slots.iter().filter(|stored| !superseded.contains(&stored.id)).find_map(|stored| {
+            let secrets = match credential {
+                Credential::Passphrase(text) => stored.slot.open_with_passphrase(text, of),
+                Credential::Recovery(key) => stored.slot.open_with_recovery_key(key, of),
+            };
+            secrets.map(|secrets| (secrets, stored.id))
+        });
         match (opened, damaged, credential) {
-            (Some(secrets), ..) => Ok(secrets),
+            (Some(opened), ..) => Ok(opened),
             (None, Some(error), _) => Err(error),
             (None, None, Credential::Passphrase(_)) => Err(VaultError::WrongPassphrase),
             (None, None, Credential::Recovery(_)) => Err(VaultError::WrongRecoveryKey),
@@ -267,6 +335,22 @@ impl UnlockedVault {
         &self.vault.store
     }
 
+    /// Whether the owner's key is at hand, too.
+    pub fn is_owner(&self) -> bool {
+        self.secrets.owner.is_some()
+    }
+
+    /// The same vault without the owner's key, for whoever only reads.
+    pub fn without_owner(&self) -> UnlockedVault {
+        let secrets = VaultSecrets { read: self.secrets.read.clone(), owner: None };
+        UnlockedVault { secrets, ..self.clone() }
+    }
+
+    /// The read secret, for handing it to another process of this host.
+    pub fn read_secret(&self) -> &ReadSecret {
+        &self.secrets.read
+    }
+
     /// Everything a reader needs.
     pub fn keys(&self) -> &Arc<OpenKeys> {
         &self.keys
@@ -275,7 +359,7 @@ impl UnlockedVault {
     /// Grants a new writer and returns its keys, for its private file. Durable on return.
     ///
     /// # Errors
-    /// Those of the store.
+    /// [`VaultError::OwnerKeyNeeded`]; those of the store.
     pub fn grant_writer(
         &self,
         role: WriterRole,
@@ -295,7 +379,7 @@ impl UnlockedVault {
             label: label.to_owned(),
             granted_seconds: clock.wall().seconds(),
         };
-        let session = self.owner_session(entropy, clock);
+        let session = self.owner_session(entropy, clock)?;
         let mut builder =
             ObjectBuilder::new(&session, Placement::of_vault(ObjectKind::Grant), layout::grant(grant.writer));
         let mut content = Encoder::new();
@@ -305,23 +389,79 @@ impl UnlockedVault {
         Ok(self.writer_keys(grant, signing))
     }
 
-    /// Adds a passphrase. The old ones keep working: nothing in a vault is ever removed.
+    /// Keys of a writer whose objects never leave this host: no grant of it is in the vault, and whoever is to accept
+    /// what it signs is told with [`OpenKeys::trust_on_this_host`].
+    pub fn keys_of_this_host(
+        &self,
+        role: WriterRole,
+        label: &str,
+        entropy: &Arc<dyn Entropy>,
+        clock: &Arc<dyn Clock>,
+    ) -> WriterKeys {
+        let signing = crate::keys::SigningSecret::generate(entropy.as_ref());
+        let grant = Grant {
+            writer: WriterId(entropy.bytes()),
+            key: signing.public(),
+            role,
+            label: label.to_owned(),
+            granted_seconds: clock.wall().seconds(),
+        };
+        self.writer_keys(grant, signing)
+    }
+
+    /// Adds a passphrase, for everything or for reading alone. The old ones keep working.
     ///
     /// # Errors
-    /// Those of the store.
+    /// [`VaultError::OwnerKeyNeeded`]; those of the store.
     pub fn add_passphrase(
         &self,
         passphrase: &str,
+        kind: SlotKind,
+        entropy: &Arc<dyn Entropy>,
+        clock: &Arc<dyn Clock>,
+    ) -> Result<(), VaultError> {
+        let session = self.owner_session(entropy, clock)?;
+        let of = self.vault.slot_of();
+        let slot = KeySlot::under_passphrase(passphrase, kind, of, &self.secrets, entropy.as_ref());
+        self.put_slot(&session, &slot)
+    }
+
+    /// Puts `new` in the place of the passphrase `old`, which opens the vault no more. Nothing is removed: whoever copied
+    /// the vault before and knows the old passphrase can still open that copy.
+    ///
+    /// # Errors
+    /// [`VaultError::WrongPassphrase`] if `old` opens nothing; [`VaultError::OwnerKeyNeeded`]; those of the store.
+    pub fn change_passphrase(
+        &self,
+        old: &str,
+        new: &str,
         cost: PassphraseCost,
         entropy: &Arc<dyn Entropy>,
         clock: &Arc<dyn Clock>,
     ) -> Result<(), VaultError> {
-        let slot = KeySlot::under_passphrase(passphrase, cost, self.vault.id, &self.secrets, entropy.as_ref());
-        self.put_slot(&self.owner_session(entropy, clock), &slot)
+        let session = self.owner_session(entropy, clock)?;
+        let (opened, superseded) = self.vault.open_slot(Credential::Passphrase(old))?;
+        // A passphrase for reading stays one.
+        let kind = match opened.owner {
+            Some(_) => SlotKind::Passphrase(cost),
+            None => SlotKind::ReadPassphrase(cost),
+        };
+        let of = self.vault.slot_of();
+        let mut slot = KeySlot::under_passphrase(new, kind, of, &self.secrets, entropy.as_ref());
+        slot.supersedes = vec![superseded];
+        self.put_slot(&session, &slot)
     }
 
-    /// A session that signs as the owner. For catalog entries and repairs made by a person who unlocked the vault.
-    pub fn owner_session(&self, entropy: &Arc<dyn Entropy>, clock: &Arc<dyn Clock>) -> WriterSession {
+    /// A session that signs as the owner. For grants, revocations and repairs made by a person who unlocked the vault.
+    ///
+    /// # Errors
+    /// [`VaultError::OwnerKeyNeeded`] if what unlocked the vault opened its read key only.
+    pub fn owner_session(
+        &self,
+        entropy: &Arc<dyn Entropy>,
+        clock: &Arc<dyn Clock>,
+    ) -> Result<WriterSession, VaultError> {
+        let owner = self.secrets.owner.clone().ok_or(VaultError::OwnerKeyNeeded)?;
         let grant = Grant {
             writer: WriterId::OWNER,
             key: self.vault.owner,
@@ -329,8 +469,8 @@ impl UnlockedVault {
             label: "owner".into(),
             granted_seconds: self.vault.created_seconds,
         };
-        let keys = self.writer_keys(grant, self.secrets.owner.clone());
-        WriterSession::new(keys, Arc::clone(entropy), Arc::clone(clock)).expect("the vault's read key is its own")
+        let keys = self.writer_keys(grant, owner);
+        Ok(WriterSession::new(keys, Arc::clone(entropy), Arc::clone(clock)).expect("the vault's read key is its own"))
     }
 
     fn writer_keys(&self, grant: Grant, signing: crate::keys::SigningSecret) -> WriterKeys {
@@ -346,7 +486,7 @@ impl UnlockedVault {
 
     fn put_slot(&self, session: &WriterSession, slot: &KeySlot) -> Result<(), VaultError> {
         let kind = match slot.kind {
-            SlotKind::Passphrase(_) => "passphrase",
+            SlotKind::Passphrase(_) | SlotKind::ReadPassphrase(_) => "passphrase",
             SlotKind::Recovery => "recovery",
         };
         let name = layout::key_slot(self.vault.id, kind, u64::from_le_bytes(session.entropy().bytes()));

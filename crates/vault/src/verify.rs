@@ -36,8 +36,11 @@ const AFFECTED_MAX: usize = 256;
 pub struct ChainToVerify {
     /// Which.
     pub chain: ChainId,
-    /// Its tables, each resolved to an object: the live ones, and superseded ones if they are to be kept.
+    /// Its tables, each resolved to an object.
     pub layers: Vec<LayerRef>,
+    /// Tables that merged ones replaced, see [`crate::ChainHistory::superseded`]. Their objects are checked like all
+    /// others; that nothing refers to them any more is as it should be.
+    pub superseded: Vec<LayerRef>,
 }
 
 /// What part of the history damage affects.
@@ -85,7 +88,10 @@ pub struct VerifyReport {
     pub damaged: BTreeMap<ObjectName, DamagedObject>,
     /// Objects that nobody with a grant for this vault wrote, and that nothing refers to. They are ignored.
     pub foreign: Vec<(ObjectName, VaultError)>,
-    /// Packs and tables that no table of the chains given refers to. Left by crashes and lost races; harmless.
+    /// Tables that merged ones replaced. Nothing needs them; maintenance will remove them.
+    pub superseded: Vec<ObjectName>,
+    /// Packs and tables that no table of the chains given refers to, now or before. Left by crashes and lost races;
+    /// harmless.
     pub unreferenced: Vec<ObjectName>,
 }
 
@@ -113,10 +119,14 @@ pub fn verify(
             verifier.check_layer(chain.chain, layer)?;
         }
     }
+    let replaced = verifier.replaced_tables(chains);
     let Verifier { mut report, referenced, .. } = verifier;
     let of_tables = |name: &ObjectName| name.as_str().starts_with("packs/") || name.as_str().contains("/s/");
     report.foreign.retain(|(name, _)| !referenced.contains(name));
-    report.unreferenced = names.into_iter().filter(|name| of_tables(name) && !referenced.contains(name)).collect();
+    (report.superseded, report.unreferenced) = names
+        .into_iter()
+        .filter(|name| of_tables(name) && !referenced.contains(name))
+        .partition(|name| replaced.contains(name));
     Ok(report)
 }
 
@@ -175,6 +185,21 @@ impl Verifier<'_> {
             }
         }
         Ok(names)
+    }
+
+    /// The objects of superseded tables that nothing else needs, as far as they can be read.
+    fn replaced_tables(&self, chains: &[ChainToVerify]) -> HashSet<ObjectName> {
+        let mut objects = HashSet::new();
+        for layer in chains.iter().flat_map(|chain| &chain.superseded) {
+            let Some(host) = layer.object().filter(|host| !self.referenced.contains(*host)) else { continue };
+            objects.insert(host.clone());
+            let Ok(table) = self.source.table(layer) else { continue };
+            for tree in [Tree::Wide, Tree::Narrow] {
+                let pages = table.page_objects(tree, self.source).unwrap_or_default();
+                objects.extend(pages.into_iter().map(|object| self.source.name(object)));
+            }
+        }
+        objects
     }
 
     fn check_layer(&mut self, chain: ChainId, layer: &LayerRef) -> Result<(), VaultError> {
@@ -354,7 +379,8 @@ fn check_frame(
         };
         let Some(leaves) = claim.entry.range.whole_units(LEAF_BYTES) else { return Ok(0) };
         let whole = &bytes[leaves.within(claim.entry.range.start)];
-        let found = whole.chunks_exact(LEAF_BYTES as usize).map(|leaf| key.leaf(PlainLeafHash::of(leaf)));
+        let whole: Vec<&[u8]> = whole.chunks_exact(LEAF_BYTES as usize).collect();
+        let found = PlainLeafHash::of_each(&whole).into_iter().map(|plain| key.leaf(plain));
         if found.eq(claim.hashes.iter().copied()) {
             Ok(leaves.len)
         } else {

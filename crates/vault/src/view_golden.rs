@@ -102,7 +102,7 @@ fn version_1_reads_as_it_did_and_is_written_as_it_was() {
     let mut found = vec![0xee; expected.len()];
     view.read(SequenceNumber(u64::MAX), DiskId(0), 0, &mut found).expect("reads");
     assert!(found == expected);
-    let chains = [ChainToVerify { chain: old.chain, layers }];
+    let chains = [ChainToVerify { chain: old.chain, layers, superseded: Vec::new() }];
     let report = verify(&old.source(), &chains, ONE).expect("verifies");
     assert!(report.is_sound() && report.entries > 0, "{report:?}");
     // Pages, packs and references are compared byte by byte; compression may differ between versions of zstd.

@@ -306,7 +306,7 @@ proptest! {
             }
         }
         run.check(&reads);
-        let chains = [ChainToVerify { chain: run.fixture.chain, layers: run.layers.clone() }];
+        let chains = [ChainToVerify { chain: run.fixture.chain, layers: run.layers.clone(), superseded: Vec::new() }];
         let report = verify(&run.fixture.source(), &chains, ONE).expect("reads");
         prop_assert!(report.is_sound(), "{:?}", report.damaged);
     }
@@ -331,6 +331,27 @@ fn what_comes_later_in_one_image_replaces_what_came_before() {
     assert!(found == expected);
     view.read(SequenceNumber(4), disk, 0, &mut found).expect("reads");
     assert!(found.iter().all(|byte| *byte == 0), "nothing shows below p0");
+}
+
+#[test]
+fn neighbours_share_a_frame_and_noise_has_its_own() {
+    let fixture = Fixture::new();
+    let mut image = fixture.image(1);
+    for granule in 0..8u64 {
+        let text: Vec<u8> = format!("granule {granule} ").into_bytes().into_iter().cycle().take(65_536).collect();
+        image.data(DiskId(0), granule * 65_536, text.into()).expect("stores");
+        if granule == 1 {
+            image.data(DiskId(0), 1 << 20, noise(5, 65_536).into()).expect("stores");
+        }
+    }
+    image.cut().expect("stores");
+    let keys = crate::keys::OpenKeys::of_writer(fixture.session.keys());
+    let packs = fixture.store.list("packs/", None, 10).expect("lists");
+    let chunks = crate::pack::read_pack_index(&fixture.store, &keys, &packs[0]).expect("reads");
+    let places: Vec<(u32, u32, u32)> =
+        chunks.iter().map(|(_, place)| (place.frame.ordinal, place.at, place.frame.plain_len)).collect();
+    let four = |ordinal| (0..4).map(move |index| (ordinal, index * 65_536, 4 * 65_536));
+    assert_eq!(places, [(0, 0, 65_536)].into_iter().chain(four(1)).chain(four(2)).collect::<Vec<_>>());
 }
 
 #[test]
@@ -457,7 +478,7 @@ fn a_flipped_byte_is_found_named_and_never_returned() {
                 Err(ReadError::Vault { .. }) => {}
                 Err(error) => panic!("{error}"),
             }
-            let chains = [ChainToVerify { chain: fixture.chain, layers: layers.clone() }];
+            let chains = [ChainToVerify { chain: fixture.chain, layers: layers.clone(), superseded: Vec::new() }];
             let report = verify(&copy.source(), &chains, ONE).expect("verifies");
             assert_eq!(report.damaged.keys().collect::<Vec<_>>(), [victim], "byte {place}");
             if place == size / 2 {
@@ -474,7 +495,7 @@ fn a_missing_object_is_damage_and_a_forgotten_one_is_reported() {
     let mut image = fixture.image(3);
     image.data(DiskId(0), 0, noise(1, 65_536).into()).expect("stores");
     let layer = image.cut().expect("stores").expect("a layer");
-    let chains = |layers| [ChainToVerify { chain: fixture.chain, layers }];
+    let chains = |layers| [ChainToVerify { chain: fixture.chain, layers, superseded: Vec::new() }];
     let report = verify(&fixture.source(), &chains(vec![layer.clone()]), ONE).expect("verifies");
     assert!(report.is_sound() && report.unreferenced.is_empty(), "{report:?}");
     assert_eq!((report.entries, report.frames, report.data_bytes), (1, 1, 65_536));

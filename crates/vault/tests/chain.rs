@@ -4,82 +4,20 @@
 
 mod support;
 
-use std::sync::Arc;
-
 use bytes::Bytes;
 use proptest::prelude::*;
 use replication::{ByteRange, ChainId, CutKind, DiskId, Generation, MarkerKind, SequenceNumber};
-use support::history::{CHAIN, MACHINE, cut, second, seq};
-use support::{Fragile, World};
-use vault::chain::{Alarm, list_chains};
-use vault::keys::WriterSession;
-use vault::manifest::{GapClosed, ManifestLink};
+use support::fixture::{Fixture, delta, prepare, same};
+use support::history::{BRANCH, CHAIN, MACHINE, cut, second, seq};
+use vault::chain::{Alarm, ChainControl, Phase, list_chains};
+use vault::keys::{ObjectNonce, WriterRole};
+use vault::manifest::{GapClosed, ManifestKind, ManifestLink};
 use vault::numbered::NumberedNames;
 use vault::points::Which;
 use vault::{
     Catalog, CatalogEntry, ChainHistory, ChainTail, ChainWriter, CheckpointWish, Delta, Gap, GapScope, Moment,
-    ObjectName, OpenKeys, PointError, Points, PreparedManifest, Store, StoreError, VaultError,
+    ObjectName, PointError, Points, PreparedManifest, Store, StoreError, VaultError,
 };
-
-struct Fixture {
-    world: World,
-    fragile: Arc<Fragile>,
-    store: Arc<dyn Store>,
-    names: NumberedNames,
-}
-
-impl Fixture {
-    fn new() -> Fixture {
-        let fragile = Fragile::new();
-        let store: Arc<dyn Store> = Arc::clone(&fragile) as Arc<dyn Store>;
-        let world = World::over(Arc::clone(&store), 11);
-        let names = NumberedNames::of_chain(&world.unlocked.keys().shared().name, CHAIN);
-        Fixture { world, fragile, store, names }
-    }
-
-    fn load(&self) -> ChainHistory {
-        ChainHistory::load(&self.store, self.world.unlocked.keys(), CHAIN).expect("load")
-    }
-
-    fn create(&self, (session, keys): &(Arc<WriterSession>, Arc<OpenKeys>)) -> ChainWriter {
-        ChainWriter::create(&self.store, session, keys, CHAIN, (MACHINE, None), Delta::default()).expect("create")
-    }
-
-    fn open(&self, (session, keys): &(Arc<WriterSession>, Arc<OpenKeys>)) -> Result<ChainWriter, VaultError> {
-        ChainWriter::open_generation(&self.store, session, keys, &self.load(), "test", Delta::default())
-    }
-}
-
-/// The next delta: one change, one cut.
-fn delta(writer: &ChainWriter) -> Delta {
-    let through = SequenceNumber(writer.through().0.max(writer.generation().base().0) + 1);
-    let seconds = writer.proven_through().0.saturating_sub(second(0).0) / 1_000_000_000 + 1;
-    Delta {
-        through,
-        proven_through: second(seconds),
-        cuts: vec![cut(through, seconds, CutKind::Second)],
-        ..Delta::default()
-    }
-}
-
-fn prepare(writer: &ChainWriter) -> PreparedManifest {
-    writer.prepare(writer.begin(), delta(writer), CheckpointWish::WhenDue).expect("prepare")
-}
-
-fn same(a: &ChainHistory, b: &ChainHistory) {
-    assert_eq!(
-        (a.head, a.next_number, a.through, a.proven_through),
-        (b.head, b.next_number, b.through, b.proven_through)
-    );
-    assert_eq!((a.machine, a.parent), (b.machine, b.parent));
-    assert_eq!(a.layers(), b.layers());
-    assert_eq!(a.gaps(), b.gaps());
-    assert_eq!(a.generations.len(), b.generations.len());
-    for (a, b) in a.generations.iter().zip(&b.generations) {
-        assert_eq!((a.generation, a.writer, a.opened, a.last), (b.generation, b.writer, b.opened, b.last));
-        assert_eq!(a.state, b.state);
-    }
-}
 
 #[derive(Debug, Clone)]
 enum Step {
@@ -97,6 +35,19 @@ enum Step {
     Burn { copy: bool },
     /// Someone without it drops a file into the folder.
     Litter { byte: u8 },
+    /// An operator fails the machine over, or decides on that, perhaps upon an old look at the chain.
+    Operate { operator: usize, decision: Decision, stale: bool },
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Decision {
+    Close,
+    Commit,
+    Cancel,
+}
+
+fn decision() -> impl Strategy<Value = Decision> {
+    prop_oneof![3 => Just(Decision::Close), 1 => Just(Decision::Commit), 2 => Just(Decision::Cancel)]
 }
 
 fn step() -> impl Strategy<Value = Step> {
@@ -108,6 +59,8 @@ fn step() -> impl Strategy<Value = Step> {
         1 => (0..3usize).prop_map(|writer| Step::Forge { writer }),
         2 => any::<bool>().prop_map(|copy| Step::Burn { copy }),
         1 => any::<u8>().prop_map(|byte| Step::Litter { byte }),
+        3 => (0..2usize, decision(), any::<bool>())
+            .prop_map(|(operator, decision, stale)| Step::Operate { operator, decision, stale }),
     ]
 }
 
@@ -115,7 +68,8 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(48))]
 
     /// Whatever happens, what a writer was told is committed is in the chain, in order, and nothing else is; a writer
-    /// that lost its generation commits nothing; all ways of reading agree.
+    /// that lost its generation commits nothing; a closed chain takes nothing but a decision on its own close, whoever
+    /// races with whom, and an ended one nothing at all; all ways of reading agree.
     #[test]
     fn the_chain_holds_exactly_what_was_won(steps in prop::collection::vec(step(), 1..40)) {
         let fixture = Fixture::new();
@@ -124,7 +78,9 @@ proptest! {
         let mut asleep: Vec<Option<PreparedManifest>> = vec![None, None, None];
         // The oracle: links in the order in which they were won, and who holds the chain.
         let mut won: Vec<ManifestLink> = vec![writers[0].as_ref().expect("made").head()];
-        let mut holder = 0;
+        let mut holder = Some(0);
+        let operators: Vec<_> =
+            (0..2).map(|index| fixture.world.writer_as(WriterRole::Operator, &format!("op {index}"))).collect();
         let mut old: Option<ChainHistory> = None;
         let mut tail = ChainTail::new(CHAIN);
         for step in steps {
@@ -142,7 +98,7 @@ proptest! {
                         }
                     };
                     *fixture.fragile.lose_next_answer.lock().unwrap() = false;
-                    prop_assert_eq!(result.is_ok(), holder == index, "{:?}", result);
+                    prop_assert_eq!(result.is_ok(), holder == Some(index), "{:?}", result);
                     match result {
                         Ok(()) => won.push(writer.head()),
                         Err(error) => {
@@ -160,10 +116,10 @@ proptest! {
                     let (Some(writer), Some(prepared)) = (&mut writers[index], asleep[index].take()) else { continue };
                     match writer.put(&prepared) {
                         Ok(()) => {
-                            prop_assert_eq!(holder, index);
+                            prop_assert_eq!(holder, Some(index));
                             won.push(writer.head());
                         }
-                        Err(VaultError::Fenced { .. }) => prop_assert_ne!(holder, index),
+                        Err(VaultError::Fenced { .. }) => prop_assert_ne!(holder, Some(index)),
                         Err(VaultError::NumberBurnt { .. }) => {}
                         Err(error) => prop_assert!(false, "{}", error),
                     }
@@ -172,16 +128,54 @@ proptest! {
                     let Some(mut forged) = old.clone() else { continue };
                     forged.next_number = fixture.load().next_number;
                     let (session, keys) = &sessions[index];
-                    ChainWriter::open_generation(&fixture.store, session, keys, &forged, "forged", Delta::default())
-                        .expect("the number is free");
+                    let delta = Delta::default();
+                    match ChainWriter::open_generation(&fixture.store, session, keys, &forged, "forged", delta) {
+                        Ok(_) => {}
+                        // Nobody signs what would not count by its own look at the chain.
+                        Err(VaultError::ChainClosed { .. }) => prop_assert!(forged.standing.closed().is_some()),
+                        Err(error) => prop_assert!(false, "{}", error),
+                    }
                 }
                 Step::Open { writer: index } => {
                     old = Some(fixture.load());
-                    let writer = fixture.open(&sessions[index]).expect("nobody races");
-                    won.push(writer.head());
-                    writers[index] = Some(writer);
-                    asleep[index] = None;
-                    holder = index;
+                    let closed = fixture.load().standing.closed().is_some();
+                    match fixture.open(&sessions[index]) {
+                        Ok(writer) => {
+                            prop_assert!(!closed);
+                            won.push(writer.head());
+                            writers[index] = Some(writer);
+                            asleep[index] = None;
+                            holder = Some(index);
+                        }
+                        Err(VaultError::ChainClosed { .. }) => prop_assert!(closed),
+                        Err(error) => prop_assert!(false, "{}", error),
+                    }
+                }
+                Step::Operate { operator, decision, stale } => {
+                    let (session, keys) = &operators[operator];
+                    let now = fixture.load();
+                    let look = old.clone().filter(|_| stale).unwrap_or_else(|| now.clone());
+                    let close = look.standing.closed().map_or(ObjectNonce([7; 16]), |closed| closed.close.nonce);
+                    let is_closed = matches!(look.standing.phase, Phase::Closed(_));
+                    let (kind, fits) = match decision {
+                        Decision::Close => {
+                            let kind = ManifestKind::Close { successor: BRANCH, reason: "test".into(), seconds: 1 };
+                            (kind, look.standing.phase == Phase::Open)
+                        }
+                        Decision::Commit => (ManifestKind::Commit { close }, is_closed),
+                        Decision::Cancel => (ManifestKind::Cancel { close, reason: "test".into() }, is_closed),
+                    };
+                    match ChainControl::new(&fixture.store, session, keys).decide_after(&look, kind) {
+                        Ok(()) => {
+                            prop_assert!(fits && look.head == now.head);
+                            won.push(fixture.load().head);
+                            holder = None;
+                            old = Some(now);
+                        }
+                        Err(VaultError::Fenced { .. }) => prop_assert!(fits && look.head != now.head),
+                        Err(VaultError::ChainClosed { .. } | VaultError::WrongChainState { .. }) => prop_assert!(!fits),
+                        Err(error) => prop_assert!(false, "{}", error),
+                    }
                 }
                 Step::Burn { copy } => {
                     let number = fixture.load().next_number;
@@ -204,6 +198,7 @@ proptest! {
             let followed = tail.read_on(&fixture.store, fixture.world.unlocked.keys()).expect("read on");
             same(&followed.expect("the chain is there"), &complete);
             prop_assert_eq!(fast.head, *won.last().expect("not empty"));
+            prop_assert_eq!(fast.standing, complete.standing);
             let lost = complete.alarms.iter().any(|alarm| matches!(alarm, Alarm::LostParent { .. }));
             prop_assert!(!lost);
             for link in &won {

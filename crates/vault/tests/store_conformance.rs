@@ -3,12 +3,17 @@
 mod support;
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use bytes::Bytes;
 use proptest::prelude::*;
 use support::{ChecksThenWrites, ForgetfulFiles, Overwriting, Seeded, Skip};
 use vault::store::probe_create_only_sequentially;
-use vault::{FolderStore, ObjectName, ObjectStoreAdapter, Store, StoreError, probe_create_only};
+use vault::{
+    ChainWriter, CheckpointWish, Delta, FolderStore, ObjectName, ObjectStoreAdapter, Store, StoreError, VaultError,
+    probe_create_only,
+};
+use world::Files;
 
 fn name(text: &str) -> ObjectName {
     ObjectName::new(text).expect("a name")
@@ -177,4 +182,87 @@ proptest! {
         let listed = store.list("", Some(&after), limit).expect("list");
         prop_assert_eq!(listed, expected.into_iter().filter(|name| *name > after).take(limit).collect::<Vec<_>>());
     }
+}
+
+/// Files on a disk that is full, until somebody makes room.
+#[derive(Clone)]
+struct FullDisk(ForgetfulFiles, Arc<AtomicBool>);
+
+impl FullDisk {
+    fn check(&self) -> std::io::Result<()> {
+        match self.1.load(Ordering::Relaxed) {
+            true => Err(std::io::ErrorKind::StorageFull.into()),
+            false => Ok(()),
+        }
+    }
+}
+
+impl Files for FullDisk {
+    fn create_new(&self, path: &str) -> std::io::Result<Box<dyn world::AppendFile>> {
+        self.check()?;
+        self.0.create_new(path)
+    }
+
+    fn read(&self, path: &str) -> std::io::Result<Vec<u8>> {
+        self.0.read(path)
+    }
+
+    fn read_at(&self, path: &str, offset: u64, len: usize) -> std::io::Result<Vec<u8>> {
+        self.0.read_at(path, offset, len)
+    }
+
+    fn len(&self, path: &str) -> std::io::Result<u64> {
+        self.0.len(path)
+    }
+
+    fn link(&self, from: &str, to: &str) -> std::io::Result<()> {
+        self.0.link(from, to)
+    }
+
+    fn rename(&self, from: &str, to: &str) -> std::io::Result<()> {
+        self.0.rename(from, to)
+    }
+
+    fn remove(&self, path: &str) -> std::io::Result<()> {
+        self.0.remove(path)
+    }
+
+    fn create_directory(&self, path: &str) -> std::io::Result<()> {
+        self.0.create_directory(path)
+    }
+
+    fn sync_directory(&self, path: &str) -> std::io::Result<()> {
+        self.0.sync_directory(path)
+    }
+
+    fn list_files(&self, path: &str) -> std::io::Result<Vec<String>> {
+        self.0.list_files(path)
+    }
+
+    fn list_directories(&self, path: &str) -> std::io::Result<Vec<String>> {
+        self.0.list_directories(path)
+    }
+}
+
+#[test]
+fn a_full_disk_is_said_and_retried_and_the_commit_is_the_same() {
+    let full = Arc::new(AtomicBool::new(false));
+    let files = FullDisk(ForgetfulFiles::default(), Arc::clone(&full));
+    let store: Arc<dyn Store> = Arc::new(FolderStore::new(Arc::new(files), Seeded::new(1).as_ref(), "full"));
+    let world = support::World::over(Arc::clone(&store), 3);
+    let (session, keys) = world.writer("ps");
+    let genesis = (support::history::MACHINE, None);
+    let chain = support::history::CHAIN;
+    let mut writer = ChainWriter::create(&store, &session, &keys, chain, genesis, Delta::default()).expect("create");
+    let prepared = writer.prepare(writer.begin(), Delta::default(), CheckpointWish::WhenDue).expect("prepare");
+    full.store(true, Ordering::Relaxed);
+    for _ in 0..2 {
+        let refused = writer.put(&prepared).expect_err("full");
+        let VaultError::Store(error @ StoreError::Full { .. }) = &refused else { panic!("{refused}") };
+        assert!(error.is_retryable() && refused.to_string().contains("the store is full"), "{refused}");
+    }
+    assert!(!writer.is_fenced());
+    full.store(false, Ordering::Relaxed);
+    writer.put(&prepared).expect("the same bytes, once there is room");
+    assert_eq!(writer.head().nonce, prepared.nonce);
 }

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use proptest::prelude::*;
 use support::{Fragile, ManualClock, PASSPHRASE, Seeded, World};
-use vault::keys::{PassphraseCost, WriterKeysError, WriterRole};
+use vault::keys::{PassphraseCost, SlotKind, WriterKeysError, WriterRole};
 use vault::object::verify_body_without_keys;
 use vault::{
     Compression, Credential, Damage, FolderStore, FrameClass, ObjectBuilder, ObjectKind, ObjectName, ObjectReader,
@@ -31,12 +31,49 @@ fn passphrase_and_recovery_key_open_it_and_nothing_else_does() {
     let other = World::new(2).recovery;
     assert!(matches!(vault.check_key(Credential::Recovery(&other)), Err(VaultError::WrongRecoveryKey)));
 
-    world.unlocked.add_passphrase("second", PassphraseCost::TRIVIAL, &world.entropy, &world.clock).expect("add");
+    let World { unlocked, entropy, clock, .. } = &world;
+    unlocked.add_passphrase("second", SlotKind::Passphrase(PassphraseCost::TRIVIAL), entropy, clock).expect("add");
     for passphrase in [PASSPHRASE, "second"] {
         vault.check_key(Credential::Passphrase(passphrase)).expect(passphrase);
     }
     assert_eq!(vault.fingerprint(), world.unlocked.vault().fingerprint());
     assert_ne!(vault.fingerprint(), World::new(2).unlocked.vault().fingerprint());
+}
+
+#[test]
+fn a_changed_passphrase_opens_and_the_old_one_does_not() {
+    let world = World::new(1);
+    let World { unlocked, entropy, clock, .. } = &world;
+    let vault = unlocked.vault();
+    let change = |old: &str, new: &str| unlocked.change_passphrase(old, new, PassphraseCost::TRIVIAL, entropy, clock);
+    assert!(matches!(change("no such one", "new"), Err(VaultError::WrongPassphrase)));
+    change(PASSPHRASE, "new").expect("change");
+    assert!(matches!(vault.check_key(Credential::Passphrase(PASSPHRASE)), Err(VaultError::WrongPassphrase)));
+    vault.check_key(Credential::Passphrase("new")).expect("the new one opens");
+    vault.check_key(Credential::Recovery(&world.recovery)).expect("paper still opens");
+    assert!(matches!(change(PASSPHRASE, "third"), Err(VaultError::WrongPassphrase)));
+    let slots: Vec<bool> = vault.slots().expect("slots").iter().map(|slot| slot.superseded).collect();
+    assert_eq!((slots.len(), slots.iter().filter(|superseded| **superseded).count()), (3, 1));
+}
+
+#[test]
+fn a_passphrase_for_reading_opens_the_read_key_only() {
+    let world = World::new(1);
+    let World { unlocked, entropy, clock, .. } = &world;
+    let kind = SlotKind::ReadPassphrase(PassphraseCost::TRIVIAL);
+    unlocked.add_passphrase("reader", kind, entropy, clock).expect("add");
+    let reader = unlocked.vault().unlock(Credential::Passphrase("reader")).expect("unlock");
+    assert!(reader.keys().is_unlocked() && !reader.is_owner());
+    assert!(matches!(reader.add_passphrase("x", kind, entropy, clock), Err(VaultError::OwnerKeyNeeded)));
+    assert!(matches!(reader.owner_session(entropy, clock), Err(VaultError::OwnerKeyNeeded)));
+    let handed = unlocked.vault().unlock_reading(unlocked.read_secret().clone()).expect("the same key");
+    assert!(handed.keys().is_unlocked() && !handed.is_owner());
+    let other = World::new(2);
+    let foreign = unlocked.vault().unlock_reading(other.unlocked.read_secret().clone());
+    assert!(matches!(foreign.err().expect("refused"), VaultError::Foreign { .. }));
+    // Changed by whoever has the owner's key, it stays one for reading.
+    unlocked.change_passphrase("reader", "reader two", PassphraseCost::TRIVIAL, entropy, clock).expect("change");
+    assert!(!unlocked.vault().unlock(Credential::Passphrase("reader two")).expect("unlock").is_owner());
 }
 
 #[test]

@@ -5,9 +5,10 @@ use std::sync::Arc;
 
 use replication::ChainId;
 
-use super::{Alarm, ChainHistory, GenerationHistory};
+use super::{Alarm, ChainHistory, GenerationHistory, Standing};
 use crate::error::VaultError;
 use crate::keys::OpenKeys;
+use crate::layer::{LayerKind, LayerRef};
 use crate::limits;
 use crate::manifest::{GenerationState, ManifestKind, ManifestLink, SignedManifest};
 use crate::numbered::NumberedNames;
@@ -70,14 +71,25 @@ pub struct ChainTail {
     next: u64,
     genesis: Option<SignedManifest>,
     head: Option<SignedManifest>,
+    standing: Option<Standing>,
     generations: Vec<GenerationHistory>,
+    superseded: Vec<LayerRef>,
     alarms: Vec<Alarm>,
 }
 
 impl ChainTail {
     /// Nothing of `chain` is read yet.
     pub fn new(chain: ChainId) -> ChainTail {
-        ChainTail { chain, next: 1, genesis: None, head: None, generations: Vec::new(), alarms: Vec::new() }
+        ChainTail {
+            chain,
+            next: 1,
+            genesis: None,
+            head: None,
+            standing: None,
+            generations: Vec::new(),
+            superseded: Vec::new(),
+            alarms: Vec::new(),
+        }
     }
 
     /// What the chain holds now; `None` if it has no manifest yet. Reading costs one page of names and one object for
@@ -86,6 +98,7 @@ impl ChainTail {
     /// # Errors
     /// As [`ChainHistory::load_all`].
     pub fn read_on(&mut self, store: &Arc<dyn Store>, keys: &OpenKeys) -> Result<Option<ChainHistory>, VaultError> {
+        crate::keys::revoked::refresh(store, keys)?;
         let reader = ChainReader::new(store, keys, self.chain);
         let mut unusual = Vec::new();
         let mut present = BTreeSet::new();
@@ -108,8 +121,12 @@ impl ChainTail {
             unusual.extend(rejected(number, &reader.judge(number)?, self.head.as_ref()));
         }
         unusual.extend(self.alarms.iter().cloned());
-        let (Some(genesis), Some(head)) = (&self.genesis, &self.head) else { return Ok(None) };
-        Ok(Some(history(genesis, head, self.next, self.generations.clone(), unusual, self.chain)))
+        let (Some(genesis), Some(head), Some(standing)) = (&self.genesis, &self.head, self.standing) else {
+            return Ok(None);
+        };
+        let generations = self.generations.clone();
+        let history = history(genesis, head, standing, self.next, generations, unusual, self.chain);
+        Ok(Some(ChainHistory { superseded: self.superseded.clone(), ..history }))
     }
 
     fn add(&mut self, verdict: Judged) {
@@ -117,11 +134,23 @@ impl ChainTail {
             Judged::Signed(manifest) if manifest.continues(self.head.as_ref()) => *manifest,
             verdict => return self.alarms.extend(rejected(self.next, &verdict, self.head.as_ref())),
         };
+        let Some(standing) = Standing::after(self.standing, &manifest) else {
+            return self.alarms.push(Alarm::Unauthorised { number: self.next, writer: manifest.writer });
+        };
+        self.standing = Some(standing);
         if manifest.manifest.opened == manifest.link.number {
             self.generations.push(GenerationHistory::opening(&manifest));
         }
         let generation = self.generations.last_mut().expect("the first manifest opens a generation");
-        generation.add(&manifest);
+        let added = &manifest.manifest.delta.layers;
+        if added.iter().any(|layer| layer.kind == LayerKind::Merged) {
+            let before: Vec<LayerRef> = generation.state.layers.iter().chain(added).cloned().collect();
+            generation.add(&manifest);
+            let live = &generation.state.layers;
+            self.superseded.extend(before.into_iter().filter(|layer| !live.contains(layer)));
+        } else {
+            generation.add(&manifest);
+        }
         self.genesis.get_or_insert_with(|| manifest.clone());
         self.head = Some(manifest);
     }
@@ -179,10 +208,12 @@ pub(super) fn fast(
     alarms.extend(burnt.into_iter().rev());
 
     let mut generations = Vec::new();
+    let mut openings: Vec<SignedManifest> = Vec::new();
     let mut last = (*head).clone();
     let genesis = loop {
         let Some((generation, opening)) = one_generation(&reader, &last, &mut alarms)? else { return Ok(None) };
         generations.insert(0, generation);
+        openings.insert(0, opening.clone());
         match opening.manifest.parent {
             None if opening.continues(None) && none_between(&reader, 0, opening.link.number, &mut alarms)? => {
                 break opening;
@@ -199,7 +230,15 @@ pub(super) fn fast(
             }
         }
     };
-    Ok(Some(history(&genesis, &head, next_number, generations, alarms, chain)))
+    // Appends are by the writer of their opening, so the openings tell whose turn it was.
+    let mut standing = None;
+    for opening in &openings {
+        standing = Standing::after(standing, opening);
+        if standing.is_none() {
+            return Ok(None);
+        }
+    }
+    Ok(standing.map(|standing| history(&genesis, &head, standing, next_number, generations, alarms, chain)))
 }
 
 /// Reads the generation that ends with `last`: back to its last checkpoint, or to its opening. Returns it with its
@@ -267,6 +306,7 @@ fn none_between(
 fn history(
     genesis: &SignedManifest,
     head: &SignedManifest,
+    standing: Standing,
     next_number: u64,
     generations: Vec<GenerationHistory>,
     alarms: Vec<Alarm>,
@@ -284,6 +324,8 @@ fn history(
         through: head.manifest.delta.through,
         proven_through: head.manifest.delta.proven_through,
         skew_ns: head.manifest.delta.skew_ns,
+        standing,
+        superseded: Vec::new(),
         generations,
         alarms,
     }

@@ -13,13 +13,11 @@ use std::sync::Arc;
 use replication::{ChainId, Generation, MachineId, PointTime, Position, SequenceNumber};
 
 use super::walk::{ChainReader, Judged};
-use super::{Alarm, ChainHistory};
+use super::{Alarm, ChainHistory, Standing};
 use crate::error::VaultError;
 use crate::keys::{ObjectNonce, OpenKeys, WriterSession};
 use crate::limits;
-use crate::manifest::{
-    Delta, GenerationState, Manifest, ManifestKind, ManifestLink, SignedManifest, decode_manifest, encode_manifest,
-};
+use crate::manifest::{Delta, GenerationState, Manifest, ManifestKind, ManifestLink, decode_manifest, encode_manifest};
 use crate::object::{Compression, FrameClass, ObjectBuilder, ObjectKind, Placement, SealedObject};
 use crate::store::{Store, StoreError};
 
@@ -36,6 +34,7 @@ pub struct ChainWriter {
     through: SequenceNumber,
     proven_through: PointTime,
     state: GenerationState,
+    standing: Option<Standing>,
     fenced: Option<u64>,
 }
 
@@ -101,7 +100,7 @@ impl ChainWriter {
         delta: Delta,
     ) -> Result<ChainWriter, VaultError> {
         let kind = ManifestKind::Genesis { machine: genesis.0, parent: genesis.1 };
-        ChainWriter::open_with(store, session, keys, (chain, Generation(1)), None, 1, kind, delta)
+        ChainWriter::open_with(store, session, keys, (chain, Generation(1)), None, kind, delta)
     }
 
     /// Opens the next generation of the chain whose head is `history`. Whether a journaled tail may be committed
@@ -120,38 +119,49 @@ impl ChainWriter {
         delta: Delta,
     ) -> Result<ChainWriter, VaultError> {
         let chain = history.chain;
-        if history.alarms.iter().any(|alarm| matches!(alarm, Alarm::LostParent { .. })) {
-            return Err(VaultError::WrongChainState {
-                chain,
-                reason: "manifests at its end are damaged or missing; bring them back from a copy of the vault \
-                         before anything is written to it",
-            });
-        }
-        let before = history.generation().generation;
-        if before >= Generation::MAX {
-            return Err(VaultError::WrongChainState { chain, reason: "it has used up its generations" });
-        }
+        let before = checked(history)?;
         let kind = ManifestKind::OpenGeneration { reason: cut_text(reason), base: history.through };
         let delta = Delta {
             through: delta.through.max(history.through),
             proven_through: delta.proven_through.max(history.proven_through),
             ..delta
         };
-        let place = (chain, before.next());
-        ChainWriter::open_with(store, session, keys, place, Some(history.head), history.next_number, kind, delta)
+        ChainWriter::open_with(store, session, keys, (chain, before.next()), Some(history), kind, delta)
     }
 
-    #[allow(clippy::too_many_arguments)]
+    /// Puts a decision about the chain behind `history`, under a generation of its own that takes no history.
+    pub(super) fn decide(
+        store: &Arc<dyn Store>,
+        session: &Arc<WriterSession>,
+        keys: &Arc<OpenKeys>,
+        history: &ChainHistory,
+        kind: ManifestKind,
+    ) -> Result<(), VaultError> {
+        let before = checked(history)?;
+        let delta = Delta {
+            through: history.through,
+            proven_through: history.proven_through,
+            skew_ns: history.skew_ns,
+            ..Delta::default()
+        };
+        let place = (history.chain, before.next());
+        ChainWriter::open_with(store, session, keys, place, Some(history), kind, delta).map(drop)
+    }
+
     fn open_with(
         store: &Arc<dyn Store>,
         session: &Arc<WriterSession>,
         keys: &Arc<OpenKeys>,
         (chain, generation): (ChainId, Generation),
-        parent: Option<ManifestLink>,
-        next_number: u64,
+        history: Option<&ChainHistory>,
         kind: ManifestKind,
         delta: Delta,
     ) -> Result<ChainWriter, VaultError> {
+        let parent = history.map(|history| history.head);
+        let next_number = history.map_or(1, |history| history.next_number);
+        let standing = history.map(|history| history.standing);
+        crate::keys::revoked::refresh(store, keys)?;
+        admit(session, keys, chain, standing, &kind, next_number)?;
         let nothing = ManifestLink { number: 0, nonce: ObjectNonce([0; 16]), digest: [0; 32] };
         let mut writer = ChainWriter {
             store: Arc::clone(store),
@@ -165,6 +175,7 @@ impl ChainWriter {
             through: SequenceNumber(0),
             proven_through: PointTime(0),
             state: GenerationState::default(),
+            standing,
             fenced: None,
         };
         loop {
@@ -323,6 +334,12 @@ impl ChainWriter {
         };
         match outcome {
             Attempt::Won => {
+                let (kind, authority) = (&prepared.manifest.kind, self.session.keys().grant.authority());
+                self.standing = match self.standing {
+                    None => Standing::begun(kind, authority),
+                    Some(standing) => standing.then(kind, authority, prepared.link()),
+                };
+                assert!(self.standing.is_some(), "a writer puts what it may put");
                 self.head = prepared.link();
                 self.next_number += 1;
                 self.through = prepared.manifest.delta.through;
@@ -343,18 +360,71 @@ impl ChainWriter {
     /// What took the name?
     fn look_at(&mut self, number: u64, parent: Option<ManifestLink>) -> Result<Attempt, VaultError> {
         let reader = ChainReader::new(&self.store, &self.keys, self.chain);
-        let fences = |manifest: &SignedManifest| {
-            // Whoever names our head as its parent counts instead of us; whoever has a later generation has won an
-            // earlier number, even if we cannot read that one any more.
-            manifest.manifest.parent == parent || manifest.generation > self.generation
-        };
-        match reader.judge(number)? {
-            Judged::Signed(manifest) if fences(&manifest) => {
-                self.fenced = Some(number);
-                Err(VaultError::Fenced { number })
+        let fences = match reader.judge(number)? {
+            Judged::Invalid(_) => false,
+            // Whoever names our head as its parent counts instead of us, if it is that writer's turn.
+            Judged::Signed(manifest) if manifest.manifest.parent == parent => {
+                Standing::after(self.standing, &manifest).is_some()
             }
-            Judged::Signed(_) | Judged::Invalid(_) => Ok(Attempt::Burnt),
+            // Whoever has a later generation may have won an earlier number, even one that cannot be read any more.
+            Judged::Signed(manifest) if manifest.generation > self.generation => self.is_overtaken()?,
+            Judged::Signed(_) => false,
+        };
+        if fences {
+            self.fenced = Some(number);
+            return Err(VaultError::Fenced { number });
         }
+        Ok(Attempt::Burnt)
+    }
+
+    fn is_overtaken(&self) -> Result<bool, VaultError> {
+        let Some(history) = super::walk::complete(&self.store, &self.keys, self.chain)? else { return Ok(true) };
+        let lost = history.alarms.iter().any(|alarm| matches!(alarm, Alarm::LostParent { .. }));
+        Ok(lost || history.head != self.head)
+    }
+}
+
+/// The chain's generation, if another one may follow it.
+fn checked(history: &ChainHistory) -> Result<Generation, VaultError> {
+    let chain = history.chain;
+    if history.alarms.iter().any(|alarm| matches!(alarm, Alarm::LostParent { .. })) {
+        return Err(VaultError::WrongChainState {
+            chain,
+            reason: "manifests at its end are damaged or missing; bring them back from a copy of the vault \
+                     before anything is written to it",
+        });
+    }
+    match history.generation().generation {
+        generation if generation >= Generation::MAX => {
+            Err(VaultError::WrongChainState { chain, reason: "it has used up its generations" })
+        }
+        generation => Ok(generation),
+    }
+}
+
+/// Refuses a manifest that would not count, before its number is burnt for it.
+fn admit(
+    session: &WriterSession,
+    keys: &OpenKeys,
+    chain: ChainId,
+    standing: Option<Standing>,
+    kind: &ManifestKind,
+    number: u64,
+) -> Result<(), VaultError> {
+    let grant = &session.keys().grant;
+    let (writer, authority) = (grant.writer, grant.authority());
+    if keys.with_revocations(|known| known.fails_from(writer, chain)).is_some_and(|from| number >= from) {
+        return Err(VaultError::Revoked { writer });
+    }
+    let link = ManifestLink { number, nonce: ObjectNonce([0; 16]), digest: [0; 32] };
+    match standing {
+        None if Standing::begun(kind, authority).is_some() => Ok(()),
+        None => Err(VaultError::NotPermitted {
+            writer,
+            reason: "process servers begin machines' chains, and branch hosts those of branches",
+        }),
+        Some(standing) if standing.then(kind, authority, link).is_some() => Ok(()),
+        Some(standing) => Err(standing.refusal(chain, kind, writer)),
     }
 }
 
@@ -367,7 +437,7 @@ pub enum CheckpointWish {
     Now,
 }
 
-fn cut_text(text: &str) -> String {
+pub(crate) fn cut_text(text: &str) -> String {
     let mut end = text.len().min(limits::REASON_BYTES_MAX);
     while !text.is_char_boundary(end) {
         end -= 1;

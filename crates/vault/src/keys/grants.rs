@@ -5,17 +5,44 @@ use replication::codec::{DecodeError, Decoder, Encoder};
 use super::{VerifyingKey, WriterId};
 use crate::limits;
 
-/// What a writer is for. Recorded for people and for later restrictions; version 1 treats all roles alike.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// What a writer is for. What each may write is judged in `chain/standing.rs` and in the catalog.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum WriterRole {
     /// Receives replication and writes machines' chains.
     ProcessServer,
     /// Opens branches and writes their chains.
     BranchHost,
-    /// Signs commits and cancels of failovers.
+    /// Closes machines' chains for a failover, commits and cancels it.
     Operator,
     /// Derives objects from the originals of several generations, and deletes.
     Maintenance,
+}
+
+/// On whose word something was signed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Authority {
+    /// The vault's owner, who may do whatever could be granted.
+    Owner,
+    /// A writer with this role.
+    Granted(WriterRole),
+}
+
+impl Authority {
+    /// Whether it is the owner, or has `role`.
+    pub fn is(self, role: WriterRole) -> bool {
+        self == Authority::Owner || self == Authority::Granted(role)
+    }
+}
+
+impl std::fmt::Display for WriterRole {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            WriterRole::ProcessServer => "process server",
+            WriterRole::BranchHost => "branch host",
+            WriterRole::Operator => "operator",
+            WriterRole::Maintenance => "maintenance",
+        })
+    }
 }
 
 /// Names a writer and its public key. Signed by the owner as an object `grants/<writer>`; encrypted under the index key.
@@ -34,6 +61,14 @@ pub struct Grant {
 }
 
 impl Grant {
+    /// The authority that it gives.
+    pub fn authority(&self) -> Authority {
+        match self.writer {
+            WriterId::OWNER => Authority::Owner,
+            _ => Authority::Granted(self.role),
+        }
+    }
+
     pub(crate) fn encode(&self, out: &mut Encoder) {
         out.raw(&self.writer.0)
             .raw(&self.key.0)

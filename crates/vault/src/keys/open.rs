@@ -1,13 +1,17 @@
 //! What a reader holds.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt;
 use std::sync::{Arc, Mutex, RwLock};
 
 use replication::codec::Decoder;
 
+use super::revoked::Revocations;
 use super::writer::{DATA_KEY_INFO, data_key_associated};
-use super::{DataKey, Grant, ReadSecret, SealedKey, SharedKeys, VaultId, VerifyingKey, WriterId, WriterKeys};
+use super::{
+    Authority, DataKey, Grant, ReadSecret, Revocation, SealedKey, SharedKeys, VaultId, VerifyingKey, WriterId,
+    WriterKeys,
+};
 use crate::error::{Damage, VaultError};
 use crate::layout;
 use crate::limits;
@@ -22,6 +26,7 @@ pub struct OpenKeys {
     shared: SharedKeys,
     read: Option<ReadSecret>,
     grants: RwLock<HashMap<WriterId, Grant>>,
+    revocations: Mutex<Revocations>,
     /// Unsealing costs an X25519 operation; a writer uses one sealed key for an hour.
     data_keys: Mutex<HashMap<SealedKey, DataKey>>,
     /// Digests of what was signed, by whom and how, where that was found to be so. Following a chain reads the same
@@ -43,6 +48,7 @@ impl OpenKeys {
             shared,
             read,
             grants: RwLock::new(HashMap::new()),
+            revocations: Mutex::default(),
             data_keys: Mutex::new(HashMap::new()),
             verified: Mutex::new(HashSet::new()),
         }
@@ -90,6 +96,33 @@ impl OpenKeys {
             }
             Err(error) => Err(error),
         }
+    }
+
+    /// Accepts what the holder of `keys` signs, without a grant in the vault. For a writer whose objects never leave
+    /// this host, such as a branch on a vault that takes no writes.
+    pub fn trust_on_this_host(&self, keys: &WriterKeys) {
+        let mut grants = self.grants.write().expect("nothing panics while holding the grants");
+        grants.insert(keys.writer(), keys.grant.clone());
+    }
+
+    /// On whose word `writer` signs.
+    ///
+    /// # Errors
+    /// As [`OpenKeys::grant`].
+    pub fn authority(&self, store: &Arc<dyn Store>, writer: WriterId) -> Result<Authority, VaultError> {
+        match writer {
+            WriterId::OWNER => Ok(Authority::Owner),
+            _ => Ok(self.grant(store, writer)?.authority()),
+        }
+    }
+
+    pub(crate) fn with_revocations<R>(&self, work: impl FnOnce(&mut Revocations) -> R) -> R {
+        work(&mut self.revocations.lock().expect("nothing panics while holding the revocations"))
+    }
+
+    /// The revocations that were read with the last catalog or chain.
+    pub fn revocations(&self) -> BTreeMap<WriterId, Revocation> {
+        self.with_revocations(|known| known.all())
     }
 
     /// The verified grant of `writer`.

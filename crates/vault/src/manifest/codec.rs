@@ -2,7 +2,7 @@
 
 use replication::codec::{DecodeError, Decoder, Encoder};
 use replication::{
-    ByteRange, Cut, CutKind, DiskGeometry, DiskId, MachineId, MarkerKind, PointTime, Position, SequenceNumber,
+    ByteRange, ChainId, Cut, CutKind, DiskGeometry, DiskId, MachineId, MarkerKind, PointTime, Position, SequenceNumber,
 };
 
 use super::{
@@ -18,8 +18,12 @@ use crate::store::ObjectName;
 const GENESIS: u8 = 1;
 const OPEN: u8 = 2;
 const APPEND: u8 = 3;
-// Reserved manifest kinds of later versions: 4 close, 5 commit, 6 cancel, 7 watermark.
-const RESERVED_KINDS: std::ops::RangeInclusive<u8> = 4..=31;
+const CLOSE: u8 = 4;
+const COMMIT: u8 = 5;
+const CANCEL: u8 = 6;
+const HAND_OVER: u8 = 8;
+// Manifest kinds of later versions; 7 is to be the watermark.
+const RESERVED_KINDS: std::ops::RangeInclusive<u8> = 7..=31;
 const KIND_FIELD: &str = "manifest kind";
 
 pub(crate) fn encode_manifest(manifest: &Manifest) -> Vec<u8> {
@@ -40,6 +44,18 @@ pub(crate) fn encode_manifest(manifest: &Manifest) -> Vec<u8> {
         ManifestKind::Append => {
             out.u8(APPEND);
         }
+        ManifestKind::Close { successor, reason, seconds } => {
+            out.u8(CLOSE).raw(&successor.0).text(reason).u64(*seconds);
+        }
+        ManifestKind::Commit { close } => {
+            out.u8(COMMIT).raw(&close.0);
+        }
+        ManifestKind::Cancel { close, reason } => {
+            out.u8(CANCEL).raw(&close.0).text(reason);
+        }
+        ManifestKind::HandOver => {
+            out.u8(HAND_OVER);
+        }
     }
     encode_delta(&manifest.delta, &mut out);
     option(&mut out, manifest.checkpoint.as_deref(), |out, checkpoint| encode_checkpoint(checkpoint, out));
@@ -58,7 +74,7 @@ pub(crate) fn decode_manifest(bytes: &bytes::Bytes) -> Result<Manifest, DecodeEr
                 machine: MachineId(input.array("machine id")?),
                 parent: decode_option(input, |input| {
                     Ok(Position {
-                        chain: replication::ChainId(input.array("parent chain")?),
+                        chain: ChainId(input.array("parent chain")?),
                         sequence: SequenceNumber(input.u64("parent sequence")?),
                     })
                 })?,
@@ -68,6 +84,17 @@ pub(crate) fn decode_manifest(bytes: &bytes::Bytes) -> Result<Manifest, DecodeEr
                 base: SequenceNumber(input.u64("base of a generation")?),
             },
             APPEND => ManifestKind::Append,
+            CLOSE => ManifestKind::Close {
+                successor: ChainId(input.array("successor")?),
+                reason: input.text("reason of a close", limits::REASON_BYTES_MAX)?,
+                seconds: input.u64("time of a close")?,
+            },
+            COMMIT => ManifestKind::Commit { close: ObjectNonce(input.array("close")?) },
+            CANCEL => ManifestKind::Cancel {
+                close: ObjectNonce(input.array("close")?),
+                reason: input.text("reason of a cancel", limits::REASON_BYTES_MAX)?,
+            },
+            HAND_OVER => ManifestKind::HandOver,
             value => return Err(DecodeError::Undefined { field: KIND_FIELD, value: value.into() }),
         },
         delta: decode_delta(input)?,
@@ -360,17 +387,17 @@ pub(crate) fn decode_option<T>(
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use proptest::prelude::*;
-    use replication::{ChainId, DiskIdentity};
+    use replication::DiskIdentity;
 
     fn link(number: u64) -> ManifestLink {
         ManifestLink { number, nonce: ObjectNonce([number as u8; 16]), digest: [3; 32] }
     }
 
     /// One of everything.
-    fn full() -> Manifest {
+    pub(crate) fn full() -> Manifest {
         let sequence = SequenceNumber(1 << 45 | 7);
         let gap = |scope| Gap { after: sequence, scope, time: PointTime(9), cause: "why".into(), until: None };
         let closed = GapClosed { after: sequence, scope: GapScope::Machine, until: sequence, time: PointTime(11) };
@@ -445,6 +472,10 @@ mod tests {
             ManifestKind::OpenGeneration { reason: "take-over".into(), base: SequenceNumber(5) },
             ManifestKind::Genesis { machine: MachineId([7; 16]), parent },
             ManifestKind::Genesis { machine: MachineId([7; 16]), parent: None },
+            ManifestKind::Close { successor: ChainId([9; 16]), reason: "the site burns".into(), seconds: 12 },
+            ManifestKind::Commit { close: ObjectNonce([1; 16]) },
+            ManifestKind::Cancel { close: ObjectNonce([2; 16]), reason: "it does not".into() },
+            ManifestKind::HandOver,
         ] {
             let manifest = Manifest { kind, ..full() };
             assert_eq!(decode_manifest(&encode_manifest(&manifest).into()), Ok(manifest));
@@ -457,7 +488,7 @@ mod tests {
         let mut bytes = encode_manifest(&Manifest { parent: None, last_checkpoint: None, checkpoint: None, ..full() });
         // number (2), opened (2), no parent, no checkpoint, kind.
         assert_eq!(bytes[6], APPEND);
-        for (kind, newer) in [(4, true), (7, true), (31, true), (32, false), (0, false)] {
+        for (kind, newer) in [(7, true), (9, true), (31, true), (32, false), (0, false)] {
             bytes[6] = kind;
             let error = decode_manifest(&bytes.clone().into()).expect_err("unknown");
             assert_eq!(matches!(refusal(&name, error), VaultError::NewerFormat { .. }), newer, "{kind}");

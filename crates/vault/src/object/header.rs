@@ -13,6 +13,9 @@ const MAGIC: &[u8; 8] = b"FARSHORE";
 const VERSION: u16 = 1;
 /// AES-256-GCM frames, BLAKE3 digests and derivations, Ed25519 signatures, HPKE X25519-HKDF-SHA256 / AES-256-GCM.
 const SUITE: u16 = 1;
+/// The only epoch of the shared keys so far. Under a later one names are tagged anew, and this program would not find
+/// what it has to read.
+const KEY_EPOCH: u32 = 0;
 /// Magic, version, header length, three feature words.
 const PRELUDE_LEN: usize = 8 + 2 + 4 + 3 * 8;
 const SIGNATURE_LEN: usize = 64;
@@ -165,6 +168,9 @@ impl Header {
         let features = [incompatible, read_compatible, compatible];
         let header = Header::decode_fields(&mut input, kind, features).map_err(malformed)?;
         input.finish().map_err(malformed)?;
+        if header.key_epoch != KEY_EPOCH {
+            return Err(newer(format!("key epoch {}", header.key_epoch)));
+        }
         Ok(Parse::Complete(Box::new(ParsedHeader {
             header,
             bytes: start.slice(..header_len),

@@ -6,7 +6,10 @@ use replication::{
     ByteRange, ChainId, Cut, CutKind, DiskGeometry, DiskId, DiskIdentity, Generation, MachineId, MarkerKind, PointTime,
     Position, SequenceNumber,
 };
+use vault::chain::{ChainControl, Phase};
+use vault::keys::WriterRole;
 use vault::manifest::{Defect, GapClosed};
+use vault::revoke::revoke_writer;
 use vault::{
     Catalog, CatalogEntry, ChainHistory, ChainWriter, CheckpointWish, Delta, Gap, GapScope, GeometryChange, Moment,
     OpenKeys, Points, Store,
@@ -108,27 +111,38 @@ pub fn write(world: &World) {
     };
     let opening = Delta { gaps_opened: vec![gap], ..Delta::default() };
     ChainWriter::open_generation(&world.store, &successor, &keys, &history, "take-over", opening).expect("open");
+    let (operator, operators_keys) = world.writer_as(WriterRole::Operator, "operator");
+    let control = ChainControl::new(&world.store, &operator, &operators_keys);
+    control.close(CHAIN, BRANCH, "the site is lost").expect("close");
+    control.cancel(CHAIN, "it was not").expect("cancel");
+    let (host, _) = world.writer_as(WriterRole::BranchHost, "branch host");
+    let owner = world.unlocked.owner_session(&world.entropy, &world.clock).expect("the owner");
     let mut catalog = Catalog::load(&world.store, &keys).expect("load");
     let parent = Position { chain: CHAIN, sequence: heal_end };
-    for entry in [
-        CatalogEntry::MachineProtected { machine: MACHINE, name: "web".into(), chain: CHAIN, disks: vec![geometry(0)] },
-        CatalogEntry::BranchOpened { chain: BRANCH, parent, name: "drill".into(), pinned: true },
-        CatalogEntry::BranchDiscarded { chain: BRANCH },
-        CatalogEntry::WriterGranted { writer: session.keys().writer(), label: "ps one".into() },
-        CatalogEntry::Note { text: "quiet".into() },
-        CatalogEntry::MachineFollows { machine: MACHINE, chain: BRANCH },
+    let first = session.keys().writer();
+    let disks = vec![geometry(0)];
+    for (signer, entry) in [
+        (&*successor, CatalogEntry::MachineProtected { machine: MACHINE, name: "web".into(), chain: CHAIN, disks }),
+        (&*host, CatalogEntry::BranchOpened { chain: BRANCH, parent, name: "drill".into(), pinned: true }),
+        (&*host, CatalogEntry::BranchDiscarded { chain: BRANCH }),
+        (&owner, CatalogEntry::WriterGranted { writer: first, label: "ps one".into() }),
+        (&*session, CatalogEntry::Note { text: "quiet".into() }),
+        (&*operator, CatalogEntry::MachineFollows { machine: MACHINE, chain: BRANCH }),
     ] {
-        catalog.append(&world.store, &keys, &successor, &entry).expect("append");
+        catalog.append(&world.store, &keys, signer, &entry).expect("append");
     }
+    revoke_writer(&world.unlocked, first, "it was replaced", &world.entropy, &world.clock).expect("revoke");
 }
 
 pub fn check(store: &Arc<dyn Store>, keys: &OpenKeys) {
     let history = ChainHistory::load(store, keys, CHAIN).expect("load");
     assert_eq!(history.machine, MACHINE);
-    assert_eq!(history.head.number, 4);
+    assert_eq!(history.head.number, 6);
     assert_eq!(history.through, seq(1, 20));
-    assert_eq!(history.generations.len(), 2);
-    assert_eq!(history.generation().reason.as_deref(), Some("take-over"));
+    assert_eq!(history.generations.len(), 4);
+    assert_eq!(history.generations[1].reason.as_deref(), Some("take-over"));
+    assert_eq!(history.generations[2].reason.as_deref(), Some("closed: the site is lost"));
+    assert_eq!(history.standing.phase, Phase::Open, "the failover was cancelled");
     assert_eq!(history.geometry_at(seq(1, 3)), [geometry(0)]);
     assert_eq!(history.defects().len(), 1);
     let gaps = history.gaps();
@@ -140,7 +154,9 @@ pub fn check(store: &Arc<dyn Store>, keys: &OpenKeys) {
     let latest = points.resolve(&Moment::Latest).expect("latest");
     assert_eq!((latest.cut.sequence, latest.lacking.len()), (seq(1, 20), 0));
     let catalog = Catalog::load(store, keys).expect("catalog");
-    assert_eq!(catalog.records.len(), 6);
+    assert_eq!((catalog.records.len(), catalog.alarms.len(), catalog.revoked.len()), (7, 0, 1));
+    let fails: Vec<u64> = keys.revocations().values().map(|revocation| revocation.fails_from[&CHAIN]).collect();
+    assert_eq!(fails, [7]);
     assert_eq!(catalog.machines[&MACHINE].chain, BRANCH);
     assert!(catalog.branches[&BRANCH].pinned && catalog.branches[&BRANCH].discarded);
 }

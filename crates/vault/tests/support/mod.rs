@@ -1,6 +1,7 @@
 //! A small deterministic world for the vault's tests.
 #![allow(dead_code, missing_docs, unreachable_pub, clippy::unwrap_used, clippy::new_ret_no_self)]
 
+pub mod fixture;
 pub mod history;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -72,8 +73,15 @@ impl World {
     }
 
     pub fn writer(&self, label: &str) -> (Arc<WriterSession>, Arc<OpenKeys>) {
-        let keys =
-            self.unlocked.grant_writer(WriterRole::ProcessServer, label, &self.entropy, &self.clock).expect("grant");
+        self.writer_as(WriterRole::ProcessServer, label)
+    }
+
+    pub fn writer_as(&self, role: WriterRole, label: &str) -> (Arc<WriterSession>, Arc<OpenKeys>) {
+        let keys = self.unlocked.grant_writer(role, label, &self.entropy, &self.clock).expect("grant");
+        self.session_of(keys)
+    }
+
+    pub fn session_of(&self, keys: vault::WriterKeys) -> (Arc<WriterSession>, Arc<OpenKeys>) {
         let open = Arc::new(OpenKeys::of_writer(&keys));
         let session = WriterSession::new(keys, Arc::clone(&self.entropy), Arc::clone(&self.clock)).expect("session");
         (Arc::new(session), open)
