@@ -53,12 +53,17 @@ impl Case for Churn {
         site.join(MACHINE)?;
         site.start_agent(MACHINE, Way::Direct)?;
         site.wait_until("the machine is protected", LIMIT, || site.is_protected(MACHINE))?;
-        let load = Load { pool: pool(subject.disk)?, size, time };
+        let load = Load { pool: pool(subject.disk)?, size, time, protected_since: now()? };
         let mut measured = Measured::default();
         let mut best: Option<Step> = None;
-        for rate in UPWARDS {
+        let mut attempt = |rate| -> Result<Step> {
             let step = load.step(&site, rate)?;
+            println!("  {step}");
             measured.remarks.push(format!("Churn: {step}."));
+            Ok(step)
+        };
+        for rate in UPWARDS {
+            let step = attempt(rate)?;
             if !step.holds() {
                 break;
             }
@@ -68,17 +73,15 @@ impl Case for Churn {
             if best.is_some() {
                 break;
             }
-            let step = load.step(&site, rate)?;
-            measured.remarks.push(format!("Churn: {step}."));
-            best = Some(step).filter(Step::holds);
+            best = Some(attempt(rate)?).filter(Step::holds);
         }
         let kept = best.as_ref().is_some_and(|step| step.rate >= TARGET_MB_PER_S);
         let text = best.map_or_else(|| "none of the rates tried held".to_owned(), |step| step.to_string());
         measured.promises.push(Promise::new(Promised::Churn, text, kept));
         let peak = resident_bytes_peak(site.agent_pid(MACHINE)?);
-        measured
-            .remarks
-            .push(format!("Agent under churn: {} MiB resident at most, its ring of 64 MiB included.", peak / MIB));
+        let besides = peak.saturating_sub(site.ring_bytes(MACHINE)?);
+        let text = format!("{:.1} MiB at most under churn", besides as f64 / MIB as f64);
+        measured.promises.push(Promise::new(Promised::AgentMemory, text, besides <= 40 * MIB));
         Ok(measured)
     }
 }
@@ -98,6 +101,8 @@ struct Load {
     pool: Vec<u8>,
     size: u64,
     time: Duration,
+    /// Wall time; nothing is older than this.
+    protected_since: Duration,
 }
 
 /// What one rate did.
@@ -132,7 +137,7 @@ impl std::fmt::Display for Step {
 impl Load {
     /// Writes at `rate` MB/s for the step's time while the vault is watched; then waits until it has caught up.
     fn step(&self, site: &Site, rate: u64) -> Result<Step> {
-        println!("  {rate} MB/s for {} s", self.time.as_secs());
+        println!("  writing {rate} MB/s for {} s", self.time.as_secs());
         let tracked = site.tracked_writes(MACHINE)?;
         let written = AtomicU64::new(0);
         let begun = Instant::now();
@@ -149,7 +154,7 @@ impl Load {
                 let mut ages = Vec::new();
                 while begun.elapsed() < self.time {
                     std::thread::sleep(SAMPLE);
-                    ages.push(rpo(site)?);
+                    ages.push(self.rpo(site)?);
                 }
                 for writer in writers {
                     writer.join().expect("a writer does not panic")?;
@@ -160,10 +165,10 @@ impl Load {
         let took = usage.wall.as_secs_f64();
         let dropped = site.tracked_writes(MACHINE)? - tracked;
         // Judged too: a backlog that was still growing shows here.
-        ages.push(rpo(site)?);
+        ages.push(self.rpo(site)?);
         site.wait_until("the vault has caught up", LIMIT, || {
             let protected = site.is_protected(MACHINE)?;
-            Ok(protected && rpo(site)? < Duration::from_secs(5))
+            Ok(protected && self.rpo(site)? < Duration::from_secs(5))
         })?;
         ages.sort_unstable();
         let at = |percent: usize| ages[(ages.len() * percent / 100).min(ages.len() - 1)];
@@ -193,16 +198,20 @@ impl Load {
         }
         disk.flush()
     }
+
+    /// The age of the newest moment that the vault can recover, now.
+    fn rpo(&self, site: &Site) -> Result<Duration> {
+        let status = site.vault_status(MACHINE)?.context("the vault does not know the machine")?;
+        let number = |name: &str| status[name].as_u64().with_context(|| format!("the status has no {name}"));
+        if number("open_gaps")? == 0 {
+            return Ok(Duration::from_nanos(number("rpo_ns")?));
+        }
+        // Until the heal ends, nothing behind the gap can be recovered. A machine that nobody wrote to has no point before.
+        let newest = Duration::from_nanos(number("newest_point_ns")?).max(self.protected_since);
+        Ok(now()?.saturating_sub(newest))
+    }
 }
 
-/// The age of the newest moment that the vault can recover, now.
-fn rpo(site: &Site) -> Result<Duration> {
-    let status = site.vault_status(MACHINE)?.context("the vault does not know the machine")?;
-    let number = |name: &str| status[name].as_u64().with_context(|| format!("the status has no {name}"));
-    if number("open_gaps")? == 0 {
-        return Ok(Duration::from_nanos(number("rpo_ns")?));
-    }
-    // Until the heal ends, nothing behind the gap can be recovered.
-    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?;
-    Ok(now.saturating_sub(Duration::from_nanos(number("newest_point_ns")?)))
+fn now() -> Result<Duration> {
+    Ok(SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?)
 }

@@ -194,6 +194,11 @@ impl Site {
         self.ask_agent(machine, &["status"])?["writes"]["tracked"].as_u64().context("the agent counts no writes")
     }
 
+    /// The size of the agent's ring.
+    pub(super) fn ring_bytes(&self, machine: &str) -> Result<u64> {
+        self.ask_agent(machine, &["status"])?["ring"]["max_bytes"].as_u64().context("the agent has no ring")
+    }
+
     /// Marks this moment; the server has it durably on return.
     pub(super) fn mark(&self, machine: &str, name: &str) -> Result<()> {
         self.ask_agent(machine, &["mark", name, "--wait-s", "60"]).map(drop)
