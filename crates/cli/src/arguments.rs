@@ -4,7 +4,7 @@ use std::ffi::OsString;
 
 use clap::{Parser, Subcommand};
 
-use crate::commands::{branch, completion, config, failback, inner_agent, server, token, vault};
+use crate::commands::{branch, completion, config, failback, failover, inner_agent, join, server, token, vault};
 use crate::demo;
 use crate::failure::Done;
 use crate::output::Output;
@@ -36,13 +36,17 @@ enum Command {
     /// One-time tokens with which machines join
     #[command(subcommand)]
     Token(token::TokenCommand),
+    /// Enrol this host at a server, so that branches it serves can be brought home there
+    Join(join::Join),
     /// The vault: make it, look at it, check it
     #[command(subcommand)]
     Vault(vault::VaultCommand),
     /// Branches: a machine's disks as they were at any moment
     #[command(subcommand)]
     Branch(branch::BranchCommand),
-    /// Bring a branch home to a disk of this host
+    /// Go on with a machine as a branch, because it is lost; commit or cancel that
+    Failover(failover::Failover),
+    /// Bring a branch home, to disks of this host or of another
     Failback(failback::Failback),
     /// Show the whole product at work on this machine, and prove what it recovers
     Demo(demo::Demo),
@@ -51,6 +55,8 @@ enum Command {
     Config(config::ConfigCommand),
     #[command(name = "__agent", hide = true, subcommand)]
     InnerAgent(inner_agent::InnerAgent),
+    #[command(name = "__keeper", hide = true)]
+    Keeper(crate::keeper::Keeper),
     #[command(name = "__workload", hide = true)]
     Workload(demo::Workload),
     /// Run the mobility agent that lies beside this program
@@ -76,7 +82,10 @@ impl Arguments {
         match &self.command {
             Command::Server(command) => command.run(output),
             Command::Token(command) => command.run(output),
+            Command::Join(command) => command.run(output),
+            Command::Failover(command) => command.run(output),
             Command::Failback(command) => command.run(output),
+            Command::Keeper(command) => command.run(),
             Command::Demo(command) => command.run(output),
             Command::Config(command) => command.run(output),
             Command::InnerAgent(command) => command.run(output),

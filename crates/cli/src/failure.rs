@@ -149,6 +149,32 @@ impl From<VaultError> for Failure {
                 "a chain has one writer at a time, and the newest wins",
                 "stop this writer; look at `farshore vault status` for who writes now",
             ),
+            VaultError::ChainClosed { successor, ended, .. } => Failure::new(
+                said,
+                "nobody adds to a history that was failed over",
+                match ended {
+                    true => format!("bring the branch home: `farshore failback {successor}`"),
+                    false => {
+                        format!("`farshore failback {successor}` brings it home, `farshore failover cancel` takes it back")
+                    }
+                },
+            ),
+            VaultError::Revoked { .. } => Failure::new(
+                said,
+                "nothing that it writes counts any more",
+                "move its file of keys aside and grant it anew with `farshore vault grant`",
+            ),
+            VaultError::NotPermitted { .. } => Failure::new(
+                said,
+                "each writer was granted for one thing",
+                "`farshore vault key show` lists the grants; `farshore vault grant --role ROLE` makes another",
+            ),
+            VaultError::OwnerKeyNeeded => Failure::new(
+                said,
+                "granting, revoking and failing over are the owner's, unless an operator's keys are given",
+                "give --passphrase-file or --recovery-key-file; for a failover, --operator-keys does, too",
+            )
+            .with(Verdict::Refused),
             VaultError::Foreign { .. }
             | VaultError::NumberBurnt { .. }
             | VaultError::WrongChainState { .. }
@@ -214,6 +240,10 @@ impl From<BranchError> for Failure {
             BranchError::InUse(_) => "stop the process that serves it first",
             BranchError::Ended { .. } => "open its chain as a new branch",
             BranchError::TakenOver { .. } => "open its chain as a new branch to go on from its newest point",
+            BranchError::NotGranted => {
+                "run `farshore vault grant --role branch-host --state-dir DIR` with the owner's passphrase once, or keep the \
+                 branch on this host with --local"
+            }
             BranchError::NoRoom => "see whether the vault can be reached and has space",
             BranchError::Read(_) => "run `farshore vault verify` to see what is damaged",
             _ => "see the reason; the branch's state is as it was",

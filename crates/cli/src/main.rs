@@ -6,6 +6,7 @@ mod arguments;
 mod commands;
 mod demo;
 mod failure;
+mod keeper;
 mod moment;
 mod output;
 mod progress;

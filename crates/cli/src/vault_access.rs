@@ -4,19 +4,19 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use clap::Args;
-use replication::{ChainId, MachineId, SequenceNumber};
+use replication::{ChainId, MachineId, PointTime, SequenceNumber};
 use vault::chain::list_chains;
 use vault::{
-    Catalog, ChainHistory, Credential, FolderStore, Moment, OpenKeys, Point, PointError, Points, Store, UnlockedVault,
-    Vault,
+    Catalog, ChainHistory, Credential, FolderStore, Moment, OpenKeys, Point, PointError, Points, RolledBack, SeenHeads,
+    Store, UnlockedVault, Vault,
 };
-use world::{Clock, Entropy, SystemClock, SystemEntropy};
+use world::{Clock, Entropy, RealFiles, SystemClock, SystemEntropy};
 
 use crate::failure::{Done, Failure, usage};
-use crate::secrets;
+use crate::{keeper, secrets};
 
 /// Branches on branches that are followed.
-const ANCESTORS_MAX: usize = 64;
+pub(crate) const ANCESTORS_MAX: usize = 64;
 
 /// Where the vault is.
 #[derive(Debug, Clone, Args)]
@@ -65,7 +65,28 @@ impl VaultPlace {
 }
 
 impl KeyOptions {
+    /// Unlocks with what was given; else with the key that `vault unlock` keeps, which opens for reading; else asks.
     pub(crate) fn unlock(&self, vault: &Vault) -> Done<UnlockedVault> {
+        match self.kept(vault)? {
+            Some(unlocked) => Ok(unlocked),
+            None => self.unlock_fresh(vault),
+        }
+    }
+
+    /// What the key that `vault unlock` keeps opens, unless another key was given.
+    fn kept(&self, vault: &Vault) -> Done<Option<UnlockedVault>> {
+        if self.is_given()? {
+            return Ok(None);
+        }
+        Ok(keeper::read_key(vault.id()).map(|key| vault.unlock_reading(key)).transpose()?)
+    }
+
+    fn is_given(&self) -> Done<bool> {
+        Ok(self.recovery_key_file.is_some() || secrets::given_passphrase(self.passphrase_file.as_deref())?.is_some())
+    }
+
+    /// As [`KeyOptions::unlock`], past the key that is kept: for what takes the owner's.
+    pub(crate) fn unlock_fresh(&self, vault: &Vault) -> Done<UnlockedVault> {
         match &self.recovery_key_file {
             Some(path) => Ok(vault.unlock(Credential::Recovery(&secrets::recovery_key(path)?))?),
             None => {
@@ -77,10 +98,38 @@ impl KeyOptions {
 
     /// As [`KeyOptions::unlock`], but nothing is asked for: `None` if nothing was given.
     pub(crate) fn unlock_if_given(&self, vault: &Vault) -> Done<Option<UnlockedVault>> {
-        let given =
-            self.recovery_key_file.is_some() || secrets::given_passphrase(self.passphrase_file.as_deref())?.is_some();
-        if given { self.unlock(vault).map(Some) } else { Ok(None) }
+        if self.is_given()? { self.unlock_fresh(vault).map(Some) } else { self.kept(vault) }
     }
+}
+
+/// What to say if the store lacks what this host has seen of `history`'s chain. Whatever keeps it from remembering is no
+/// reason to keep anybody from recovering.
+pub(crate) fn rolled_back(vault: &UnlockedVault, history: &ChainHistory) -> Done<Option<RolledBack>> {
+    let Some(heads) = seen_heads() else { return Ok(None) };
+    let (verdict, kept) = heads.observe(vault.store(), vault.keys(), history)?;
+    if let Err(error) = kept {
+        tracing::debug!(%error, "the newest manifest cannot be remembered");
+    }
+    Ok(verdict)
+}
+
+/// Where this user's commands remember what they have seen.
+pub(crate) fn seen_heads() -> Option<SeenHeads> {
+    let root = match std::env::var_os("FARSHORE_SEEN_HEADS") {
+        Some(given) => PathBuf::from(given),
+        None => crate::commands::branch::default_state().ok()?,
+    };
+    std::fs::create_dir_all(&root).ok()?;
+    Some(SeenHeads::new(Arc::new(RealFiles::new(root)), "heads", entropy()))
+}
+
+/// Says aloud that the store was rolled back, whatever else is printed.
+pub(crate) fn warn_if_rolled_back(vault: &UnlockedVault, history: &ChainHistory) -> Done {
+    if let Some(rolled_back) = rolled_back(vault, history)? {
+        eprintln!("ALARM: {rolled_back}");
+        eprintln!("       if it was restored on purpose: farshore vault status --forget-seen");
+    }
+    Ok(())
 }
 
 /// A line of history that was asked for by name.
@@ -168,8 +217,16 @@ pub(crate) fn choose(
 ) -> Done<(ChainHistory, Point)> {
     let mut history = ChainHistory::load(store, keys, chain)?;
     let mut first: Option<PointError> = None;
+    // Seconds are counted back from the newest moment of the chain that was asked about, whichever chain holds the point.
+    let newest = history.proven_through;
     for _ in 0..ANCESTORS_MAX {
-        let error = match Points::new(store, keys, &history).resolve(moment) {
+        let counted = match moment {
+            Moment::Back(seconds) if first.is_some() => {
+                Moment::At(PointTime(newest.0.saturating_sub(seconds.saturating_mul(1_000_000_000))))
+            }
+            other => other.clone(),
+        };
+        let error = match Points::new(store, keys, &history).resolve(&counted) {
             Ok(point) => return Ok((history, point)),
             Err(error) => error,
         };

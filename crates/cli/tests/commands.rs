@@ -63,6 +63,8 @@ impl World {
             .args(words.split_whitespace())
             .current_dir(self.folder.path())
             .env("COLUMNS", "100")
+            .env("FARSHORE_SEEN_HEADS", self.folder.path().join("host"))
+            .env("XDG_RUNTIME_DIR", self.folder.path())
             .stdin(Stdio::null());
         command
     }
@@ -88,6 +90,7 @@ fn help_texts_are_as_reviewed() {
         "",
         "server",
         "token new",
+        "join",
         "vault",
         "vault init",
         "vault status",
@@ -96,6 +99,15 @@ fn help_texts_are_as_reviewed() {
         "vault verify",
         "vault key",
         "vault key check",
+        "vault key add",
+        "vault key change",
+        "vault key show",
+        "vault revoke",
+        "vault unlock",
+        "vault lock",
+        "failover",
+        "failover commit",
+        "failover cancel",
         "vault grant",
         "branch",
         "branch open",
@@ -340,6 +352,84 @@ fn grants_and_tokens_come_from_the_command_line() {
     let object: serde_json::Value = serde_json::from_str(&token.out).expect("one object");
     assert!(object["token"].as_str().expect("text").starts_with("farshore-join-"), "{}", token.out);
     assert_eq!(object["addresses"][0], "ps1.example:7443");
+    fs::write(world.path("token"), object["token"].as_str().expect("text")).expect("written");
+    world.fails(
+        "join --token-file token --state-dir branches",
+        2,
+        "error: the token is not for a recovery host\n       it is a token for another role: agent\n       run `farshore-agent join` on the \
+         machine that is to be protected",
+    );
+    let token = world.run("--json token new --config server.toml --role recovery-host --address 127.0.0.1:1");
+    let object: serde_json::Value = serde_json::from_str(&token.out).expect("one object");
+    assert_eq!(object["role"], "rh");
+    fs::write(world.path("token"), object["token"].as_str().expect("text")).expect("written");
+    let said = world.run("join --token-file token --state-dir branches");
+    assert!(said.code == 1 && said.err.contains("could not be enrolled"), "nobody listens there: {}", said.err);
+}
+
+#[test]
+fn a_kept_key_reads_and_grants_nothing() {
+    let world = World::with_vault();
+    assert_eq!(world.run("vault lock --vault vault").code, 3, "nothing is kept yet");
+    let unlock = world.run("vault unlock --vault vault --passphrase-file passphrase --for 2m");
+    assert_eq!(unlock.code, 0, "{}", unlock.err);
+    let machines = world.run("vault machines --vault vault");
+    assert_eq!(machines.code, 0, "no key was given, none was asked for: {}", machines.err);
+    assert!(world.run("--json vault status --vault vault").out.contains("\"unlocked\":true"));
+    let mode = fs::metadata(world.path("farshore")).expect("there").permissions().mode();
+    assert_eq!(mode & 0o777, 0o700);
+    // What takes the owner's key is asked for all the same.
+    assert_eq!(world.run("vault grant --vault vault --label ps --state-dir state").code, 2);
+    assert_eq!(world.run("vault lock --vault vault").code, 0);
+    assert_eq!(world.run("vault machines --vault vault").code, 2, "the key is forgotten");
+    assert_eq!(world.run("vault unlock --vault vault --passphrase-file passphrase --for 2y").code, 2);
+}
+
+#[test]
+fn passphrases_change_and_some_open_for_reading_only() {
+    let world = World::with_vault();
+    fs::write(world.path("new"), "a better passphrase").expect("written");
+    fs::write(world.path("reader"), "a passphrase for reading").expect("written");
+    let owner = "--vault vault --passphrase-file passphrase";
+    let added = world.run(&format!("vault key add {owner} --for-reading --new-passphrase-file reader"));
+    assert_eq!(added.code, 0, "{}", added.err);
+    assert_eq!(world.run("vault machines --vault vault --passphrase-file reader").code, 0);
+    let refused = world.run("vault grant --vault vault --passphrase-file reader --label ps --state-dir state");
+    assert_eq!(refused.code, 4, "{}", refused.err);
+    assert!(refused.err.contains("takes the vault owner's key"), "{}", refused.err);
+    let changed = world.run(&format!("vault key change {owner} --new-passphrase-file new"));
+    assert_eq!(changed.code, 0, "{}", changed.err);
+    assert_eq!(world.run(&format!("vault key check {owner}")).code, 1, "the old one opens nothing");
+    assert_eq!(world.run("vault key check --vault vault --passphrase-file new").code, 0);
+    let shown = world.run("vault key show --vault vault");
+    assert!(shown.out.contains("not tried any more") && shown.out.contains("opens reading"), "{}", shown.out);
+}
+
+#[test]
+fn a_revoked_writer_is_listed_and_revoked_once() {
+    let world = World::with_vault();
+    let key = "--vault vault --recovery-key-file key";
+    assert_eq!(world.run(&format!("vault grant {key} --label ps1 --state-dir state")).code, 0);
+    assert_eq!(world.run(&format!("vault revoke nobody {key}")).code, 2);
+    let revoked = world.run(&format!("vault revoke ps1 {key} --reason stolen"));
+    assert!(revoked.code == 0 && revoked.out.contains("what it committed stays"), "{}{}", revoked.out, revoked.err);
+    assert_eq!(world.run(&format!("vault revoke ps1 {key}")).code, 3);
+    assert!(world.run(&format!("vault key show {key}")).out.contains("revoked (stolen)"));
+    assert!(world.run(&format!("vault status {key}")).out.contains("stolen"));
+    assert_eq!(world.run(&format!("vault grant {key} --role operator --label me --state-dir x")).code, 2);
+    assert_eq!(world.run(&format!("vault grant {key} --role operator --label me --to operator")).code, 0);
+}
+
+#[test]
+fn a_failover_without_a_machine_is_refused() {
+    let world = World::with_vault();
+    let key = "--vault vault --recovery-key-file key";
+    for verb in ["failover", "failover commit", "failover cancel"] {
+        let said = world.run(&format!("{verb} web {key}"));
+        assert!(said.code == 1 && said.err.contains("no machine or branch is named"), "{verb}: {}", said.err);
+    }
+    let said = world.run(&format!("failover web {key} --operator-keys passphrase"));
+    assert!(said.code == 1 && said.err.contains("the operator's keys in passphrase cannot be used"), "{}", said.err);
 }
 
 #[test]
@@ -351,6 +441,12 @@ fn configuration_mistakes_name_line_and_key() {
         ("state_dir = '/a'\nvault = '/b'\nlisten = 'here'\n", "is not host:port"),
         ("state_dir = '/a'\n", "missing field `vault`"),
         ("state_dir = '/a'\nvault = '/b'\njournal_bytes_max = 1000\n", "less than twice seal_bytes"),
+        ("state_dir = '/a'\nvault = '/b'\n[master_target]\nenabled = true\n", "`disks` names nothing"),
+        (
+            "state_dir = '/a'\nvault = '/b'\n[master_target]\nenabled = true\ndisks = ['sdb']\n",
+            "sdb in `disks` of [master_target] is not an absolute path",
+        ),
+        ("state_dir = '/a'\nvault = '/b'\n[master_target]\ndisk = ['/b']\n", "unknown field `disk`"),
     ] {
         fs::write(world.path("server.toml"), text).expect("written");
         let said = world.run("config check server.toml");

@@ -10,7 +10,7 @@ mod read_only;
 
 use clap::Subcommand;
 
-pub(crate) use open::state_root;
+pub(crate) use open::{Serving, default_state, serve_branch, state_root};
 
 use crate::failure::Done;
 use crate::output::Output;

@@ -47,7 +47,7 @@ pub(crate) fn load_server(path: &Path) -> Done<ServerConfig> {
     let what = || format!("the configuration {} cannot be used", path.display());
     let text = std::fs::read_to_string(path).map_err(|error| io_failure(what(), &error))?;
     let config = ServerConfig::parse(&text).map_err(|error| {
-        usage(what(), error.to_string().trim(), "correct the key; docs/operations/first-machine.md lists all of them")
+        usage(what(), error.to_string().trim(), "correct the key; docs/operations/configuration.md lists all of them")
     })?;
     for (key, directory) in [("state_dir", &config.state_dir), ("vault", &config.vault)] {
         if !directory.is_absolute() {
@@ -64,6 +64,18 @@ pub(crate) fn load_server(path: &Path) -> Done<ServerConfig> {
     }
     if config.advertise.iter().any(|address| !agent::config::is_address(address)) {
         return Err(usage(what(), "an address in advertise is not host:port", "write it as ps1.example:7443"));
+    }
+    let target = &config.master_target;
+    if target.enabled && target.disks.is_empty() {
+        return Err(usage(
+            what(),
+            "[master_target] is enabled and `disks` names nothing",
+            "name the disks, image files or folders that a failback may write over",
+        ));
+    }
+    if let Some(relative) = target.disks.iter().find(|path| !path.is_absolute()) {
+        let why = format!("{} in `disks` of [master_target] is not an absolute path", relative.display());
+        return Err(usage(what(), why, "begin the path with /"));
     }
     if config.journal_bytes_max < 2 * config.seal_bytes {
         return Err(Failure::new(

@@ -1,21 +1,18 @@
-//! `farshore failback`: brings a branch home to a disk of this host while the branch is in use.
+//! `farshore failback`: brings a branch home while the branch is in use, to disks of this host or of another one.
 //!
 //! Two steps: home is compared with the branch and follows it, which disturbs nobody; then, once whatever uses the branch
 //! has stopped, the cut over proves by hash that home equals the branch. A kill at any moment leaves the branch as it was;
 //! the same command again begins with a comparison.
 
+use std::collections::BTreeMap;
 use std::io::{self, BufRead, IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::Args;
-use nbd::Client;
-use recovery::control::{Answer, Command};
-use recovery::export::export_name;
+use recovery::control::{Answer, Command, ServedDisk};
 use recovery::{ControlClient, FailbackStatus, HomeAddress, HomeOrder, Phase};
-use replication::DiskId;
 use serde_json::{Value, json};
-use world::BlockDevice;
 
 use super::branch::state_root;
 use crate::failure::{Done, Failure, Verdict, io_failure, usage};
@@ -30,19 +27,19 @@ const POLL: Duration = Duration::from_millis(100);
 pub(crate) struct Failback {
     /// Name or chain of the branch; it must be served on this host
     branch: String,
-    /// Disk or image file to write the branch's disk to; all of it is overwritten
-    #[arg(long, value_name = "PATH")]
-    to: PathBuf,
-    /// Which disk of the branch; may be left out if there is one
-    #[arg(long, value_name = "NUMBER", default_value_t = 0)]
-    disk: u16,
-    /// Serial number that the disk at home must have
-    #[arg(long, value_name = "SERIAL")]
-    serial: Option<String>,
-    /// Write to the disk although its serial number is another one
+    /// Disk or image file that a disk of the branch is written over; once for each, NUMBER= may be left out if there is one
+    #[arg(long, value_name = "[NUMBER=]PATH", required = true)]
+    to: Vec<String>,
+    /// Server whose master target writes; the paths are that host's then. Else the disks are this host's
+    #[arg(long, value_name = "HOST:PORT")]
+    master_target: Option<String>,
+    /// Serial number that a disk at home must have; once for each disk that is to be checked
+    #[arg(long, value_name = "[NUMBER=]SERIAL")]
+    serial: Vec<String>,
+    /// Write to the disks although their serial numbers are others
     #[arg(long)]
     any_disk: bool,
-    /// Write to the disk although it is mounted or in use; what is mounted is destroyed under its users
+    /// Write to the disks although they are mounted or in use; what is mounted is destroyed under its users
     #[arg(long)]
     in_use: bool,
     /// The branch host's state directory
@@ -58,40 +55,82 @@ impl Failback {
         let root = state_root(self.state_dir.as_deref())?;
         let (directory, chain) = find_directory(&root, &self.branch)?;
         let client = ControlClient::new(&directory);
-        let export = export_name(DiskId(self.disk));
-        let size_bytes = Client::connect_unix(directory.join("nbd.sock"), &export)
-            .map_err(|error| {
-                let what = format!("the branch {} is not served on this host", self.branch);
-                Failure::because(what, &error, format!("serve it with `farshore branch reopen {chain}`, then repeat"))
-            })?
-            .size();
-        let to = self
-            .to
-            .canonicalize()
-            .map_err(|error| io_failure(format!("there is no disk at {}", self.to.display()), &error))?;
-        confirm(output, &format!("everything on {} will be overwritten", to.display()))?;
-        let stop = StopRequest::listen()?;
-        let order = HomeOrder {
-            disk: self.disk,
-            path: to.clone(),
-            size_bytes,
-            serial: self.serial.clone(),
-            any_disk: self.any_disk,
-            in_use: self.in_use,
+        let served = client.ask(&Command::Status).map_err(|error| {
+            let what = format!("the branch {} is not served on this host", self.branch);
+            Failure::because(what, &error, format!("serve it with `farshore branch reopen {chain}`, then repeat"))
+        })?;
+        let orders = self.orders(&served.disks)?;
+        let (home, place) = match &self.master_target {
+            None => (HomeAddress::Here, String::new()),
+            Some(address) if agent::config::is_address(address) => {
+                (HomeAddress::At(address.clone()), format!(" at {address}"))
+            }
+            Some(other) => {
+                return Err(usage(format!("{other:?} is not host:port"), "", "write it as ps1.example:7443"));
+            }
         };
-        ask(&client, &Command::Failback { home: HomeAddress::Here, disks: vec![order] })?;
+        let paths: Vec<String> = orders.iter().map(|order| order.path.display().to_string()).collect();
+        confirm(output, &format!("everything on {}{place} will be overwritten", paths.join(" and ")))?;
+        let stop = StopRequest::listen()?;
+        ask(&client, &Command::Failback { home, disks: orders })?;
         self.follow(&client, output, &stop)?;
         ask(&client, &Command::CutOver)?;
         output.remark("cutting over: the branch is at rest, home is read and compared")?;
         let status = wait(&client, output, &stop, Phase::Done, "proving that home equals the branch")?;
         output.object(&event("done", &status))?;
         output.line(format!(
-            "home equals the branch: {} proved equal, {} were sent, the branch was at rest for {} ms",
+            "home equals the branch: {} proved equal, {} of data were sent ({} on the wire), the branch was at rest for {} ms",
             bytes(status.proved_bytes),
             bytes(status.sent_bytes),
+            bytes(status.wire_bytes),
             status.rest_ms
         ))?;
-        output.remark(format!("the machine's history goes on along chain {chain}; start its agent on {}", to.display()))
+        let paths = paths.join(" and ");
+        output.remark(format!("the machine's history goes on along chain {chain}; start its agent on {paths}{place}"))
+    }
+
+    /// One order for each disk of the branch.
+    fn orders(&self, served: &[ServedDisk]) -> Done<Vec<HomeOrder>> {
+        let only = match served {
+            [only] => Some(only.disk),
+            _ => None,
+        };
+        let known: Vec<String> = served.iter().map(|disk| format!("{} ({})", disk.disk, disk.path)).collect();
+        let known = format!("the branch has {}", known.join(", "));
+        let mut paths = by_disk("--to", &self.to, only, &known)?;
+        let mut serials = by_disk("--serial", &self.serial, only, &known)?;
+        let mut orders = Vec::new();
+        for disk in served {
+            let Some(path) = paths.remove(&disk.disk) else {
+                let what = format!("disk {} of the branch has no home", disk.disk);
+                return Err(usage(
+                    what,
+                    "a machine comes home with all of its disks",
+                    format!("add --to {}=PATH", disk.disk),
+                ));
+            };
+            let mut path = PathBuf::from(path);
+            if self.master_target.is_none() {
+                path = path
+                    .canonicalize()
+                    .map_err(|error| io_failure(format!("there is no disk at {}", path.display()), &error))?;
+            } else if !path.is_absolute() {
+                let what = format!("{} is not an absolute path", path.display());
+                return Err(usage(what, "it is a path of the master target's host", "begin it with /"));
+            }
+            orders.push(HomeOrder {
+                disk: disk.disk,
+                path,
+                size_bytes: disk.size_bytes,
+                serial: serials.remove(&disk.disk),
+                any_disk: self.any_disk,
+                in_use: self.in_use,
+            });
+        }
+        match paths.keys().chain(serials.keys()).next() {
+            Some(unknown) => Err(usage(format!("the branch has no disk {unknown}"), known, "name its disks only")),
+            None => Ok(orders),
+        }
     }
 
     /// Waits until home follows and somebody says that the branch is no longer used.
@@ -115,6 +154,26 @@ impl Failback {
             let _ = cancelled(client);
         })
     }
+}
+
+/// The values of an option that is given once a disk, as `NUMBER=VALUE`, or as `VALUE` if the branch has one disk.
+fn by_disk(option: &str, values: &[String], only: Option<u16>, known: &str) -> Done<BTreeMap<u16, String>> {
+    let mut found = BTreeMap::new();
+    for text in values {
+        let numbered = text.split_once('=').and_then(|(number, value)| Some((number.parse::<u16>().ok()?, value)));
+        let (disk, value) = match (numbered, only) {
+            (Some(numbered), _) => numbered,
+            (None, Some(only)) => (only, text.as_str()),
+            (None, None) => {
+                let what = format!("{option} {text} does not say which disk it is about");
+                return Err(usage(what, known, format!("write {option} NUMBER={text}, once for each disk")));
+            }
+        };
+        if found.insert(disk, value.to_owned()).is_some() {
+            return Err(usage(format!("{option} names disk {disk} twice"), known, "name each disk once"));
+        }
+    }
+    Ok(found)
 }
 
 /// Stops a failback that nobody wants any more.
@@ -153,7 +212,8 @@ fn wait(client: &ControlClient, output: Output, stop: &StopRequest, until: Phase
             output.object(&event("failed", &status))?;
             let refusal = status.problem;
             let (what, why, advice) = refusal.map_or_else(Default::default, |it| (it.what, it.why, it.advice));
-            return Err(Failure::new(what, why, advice).with(Verdict::Failed));
+            let verdict = if status.refused { Verdict::Refused } else { Verdict::Failed };
+            return Err(Failure::new(what, why, advice).with(verdict));
         }
         let done = if until == Phase::Done { status.proved_bytes } else { status.compared_bytes };
         let bar = progress.get_or_insert_with(|| Progress::of_bytes(output, what, status.planned_bytes));
@@ -177,7 +237,7 @@ fn ask(client: &ControlClient, command: &Command) -> Done<Answer> {
 fn event(name: &str, status: &FailbackStatus) -> Value {
     json!({
         "event": name, "planned_bytes": status.planned_bytes, "compared_bytes": status.compared_bytes,
-        "sent_bytes": status.sent_bytes, "proved_bytes": status.proved_bytes, "rest_ms": status.rest_ms,
+        "sent_bytes": status.sent_bytes, "wire_bytes": status.wire_bytes, "proved_bytes": status.proved_bytes, "rest_ms": status.rest_ms,
         "elapsed_ms": status.elapsed_ms, "connections": status.connections,
         "problem": status.problem.as_ref().map(ToString::to_string),
     })
@@ -203,7 +263,7 @@ fn confirm(output: Output, what: &str) -> Done {
 }
 
 /// The directory of a branch of this host, by its name or chain.
-fn find_directory(root: &Path, asked: &str) -> Done<(PathBuf, String)> {
+pub(crate) fn find_directory(root: &Path, asked: &str) -> Done<(PathBuf, String)> {
     let mut found = Vec::new();
     for entry in std::fs::read_dir(root).into_iter().flatten().flatten() {
         let Ok(text) = std::fs::read(entry.path().join("branch.json")) else { continue };

@@ -5,7 +5,9 @@ mod init;
 mod key;
 mod machines;
 mod points;
+mod revoke;
 mod status;
+mod unlock;
 mod verify;
 
 use clap::Subcommand;
@@ -31,6 +33,12 @@ pub(crate) enum VaultCommand {
     Key(key::KeyCommand),
     /// Give a new writer, such as a process server, its keys
     Grant(grant::Grant),
+    /// End a writer's grant; what it committed stays
+    Revoke(revoke::Revoke),
+    /// Keep the read key in memory for a while, so that later commands do not ask
+    Unlock(unlock::Unlock),
+    /// Forget the key that `unlock` keeps
+    Lock(unlock::Lock),
 }
 
 impl VaultCommand {
@@ -43,6 +51,9 @@ impl VaultCommand {
             VaultCommand::Verify(command) => command.run(output),
             VaultCommand::Key(command) => command.run(output),
             VaultCommand::Grant(command) => command.run(output),
+            VaultCommand::Revoke(command) => command.run(output),
+            VaultCommand::Unlock(command) => command.run(output),
+            VaultCommand::Lock(command) => command.run(output),
         }
     }
 }

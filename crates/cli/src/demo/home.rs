@@ -38,7 +38,7 @@ pub(super) fn fail_over_and_return(
     let branches = site.paths.state.join("branches");
     let opening =
         Opening { programs: &site.programs, vault: &site.paths.vault, key: &site.paths.recovery_key, state: &branches };
-    let mut branch = opening.open(MACHINE, "latest", &["--name", "failover"])?;
+    let mut branch = opening.fail_over(MACHINE, "failover")?;
     say(&format!("failed over: {}", branch.field("reason")))?;
     let mut workload = site.start_workload(&branch.socket, &branch.export, RATE)?;
     watch.event("it runs on a branch");

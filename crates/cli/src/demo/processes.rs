@@ -56,6 +56,7 @@ impl Programs {
                 command.env_remove(name);
             }
         }
+        command.env("FARSHORE_SEEN_HEADS", self.logs.with_file_name("seen"));
         command
     }
 

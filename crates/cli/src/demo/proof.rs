@@ -49,9 +49,20 @@ impl Opening<'_> {
         self.serve(command)
     }
 
+    /// Fails `machine` over to its newest point: its own history is closed.
+    pub(crate) fn fail_over(&self, machine: &str, name: &str) -> Done<OpenBranch> {
+        let mut command = self.programs.farshore(&["--json", "--yes", "failover", machine, "--name", name]);
+        command.args(["--source-is-lost", "--vault", text(self.vault)?, "--recovery-key-file", text(self.key)?]);
+        command.args(["--state-dir", text(self.state)?]);
+        self.serve(command)
+    }
+
     fn serve(&self, command: std::process::Command) -> Done<OpenBranch> {
         let mut process = self.programs.start(command, "branch")?;
-        let said = process.object(OPEN_LIMIT)?;
+        let mut said = process.object(OPEN_LIMIT)?;
+        if said["event"] == "failed-over" {
+            said = process.object(OPEN_LIMIT)?;
+        }
         let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
         let (socket, export) = (PathBuf::from(text(&said["socket"])), text(&said["disks"][0]["export"]));
         Ok(OpenBranch { process, said, socket, export })

@@ -1,19 +1,25 @@
-//! The way home of a branch that is served here: home disks are this host's own.
+//! The way home of a branch that is served here: to disks of this host, or to the master target of another.
 
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use recovery::home_disk::HostView;
-use recovery::{HomeAddress, HomeConnector, LocalHome, MasterTarget};
+use recovery::{HomeAddress, HomeConnector, HomeRules, LocalHome, MasterTarget, RemoteHome};
 use recovery::{Refusal, failback::HomeLine};
 use world::RealFiles;
 
+use crate::commands::join;
+use crate::failure::Failure;
 use crate::vault_access::{clock, entropy};
 
 /// Makes lines to master targets.
 pub(super) struct Homes {
     /// Where a master target on this host keeps its notes; made if need be.
     pub(super) notes: PathBuf,
+    /// The host's state of branches, with its identity for links.
+    pub(super) root: PathBuf,
+    /// The folder of the vault.
+    pub(super) vault: PathBuf,
 }
 
 impl HomeConnector for Homes {
@@ -25,15 +31,25 @@ impl HomeConnector for Homes {
                     why: error.to_string(),
                     advice: "name another state directory with --state-dir".into(),
                 })?;
-                let files = Arc::new(RealFiles::new(&self.notes));
-                let target = MasterTarget::new(files, clock(), entropy(), HostView::default());
+                let rules = HomeRules {
+                    allowed: None,
+                    own: vec![
+                        (self.root.clone(), "the state of this host's branches".into()),
+                        (self.vault.clone(), "the vault".into()),
+                    ],
+                    host: HostView::default(),
+                };
+                let target = MasterTarget::new(Arc::new(RealFiles::new(&self.notes)), clock(), entropy(), rules);
                 Ok(Box::new(LocalHome::new(Arc::new(target))))
             }
-            HomeAddress::At(address) => Err(Refusal {
-                what: format!("there is no way to the master target at {address}"),
-                why: "this branch was opened without an identity for links".into(),
-                advice: "run the branch on the host that has the home disk".into(),
-            }),
+            HomeAddress::At(address) => {
+                let connector = join::connector(&self.root).map_err(refusal)?;
+                Ok(Box::new(RemoteHome::new(connector, address)))
+            }
         }
     }
+}
+
+fn refusal(failure: Failure) -> Refusal {
+    Refusal { what: failure.what, why: failure.why, advice: failure.remedy }
 }

@@ -19,7 +19,9 @@ use crate::failure::{Done, Failure, Verdict, chain, io_failure, usage};
 use crate::moment::{self, MOMENT_HELP};
 use crate::output::{Output, bytes, duration_ns};
 use crate::progress::StopRequest;
-use crate::vault_access::{KeyOptions, VaultPlace, choose, clock, entropy, find, find_or_only};
+use crate::vault_access::{
+    KeyOptions, VaultPlace, choose, clock, entropy, find, find_or_only, warn_if_rolled_back,
+};
 
 /// How long the control socket still answers after a branch has ended.
 const LAST_ANSWER: Duration = Duration::from_millis(500);
@@ -66,7 +68,7 @@ pub(crate) struct Reopen {
 
 /// How a branch is served.
 #[derive(Debug, Args)]
-struct Serving {
+pub(crate) struct Serving {
     /// Directory for the branch's journal and socket
     #[arg(long, value_name = "DIR", env = "FARSHORE_STATE")]
     state_dir: Option<PathBuf>,
@@ -76,7 +78,7 @@ struct Serving {
 }
 
 impl Serving {
-    fn host(&self, vault: UnlockedVault, keep: Keep) -> Done<BranchHost> {
+    pub(crate) fn host(&self, vault: UnlockedVault, keep: Keep) -> Done<BranchHost> {
         let config = BranchConfig { keep, ..BranchConfig::default() };
         Ok(BranchHost::new(vault, state_root(self.state_dir.as_deref())?, clock(), entropy(), config))
     }
@@ -93,8 +95,17 @@ pub(crate) fn state_root(given: Option<&Path>) -> Done<PathBuf> {
     directory.canonicalize().map_err(|error| io_failure("the state directory cannot be used", &error))
 }
 
+/// The directory for the states of branches, if there is one.
+pub(crate) fn state_path(given: Option<&Path>) -> Option<PathBuf> {
+    let directory = match given {
+        Some(directory) => directory.to_owned(),
+        None => default_state().ok()?.join("branches"),
+    };
+    directory.is_dir().then_some(directory)
+}
+
 /// Where state is kept if nobody says so.
-fn default_state() -> Done<PathBuf> {
+pub(crate) fn default_state() -> Done<PathBuf> {
     if rustix::process::geteuid().is_root() {
         return Ok(PathBuf::from("/var/lib/farshore"));
     }
@@ -115,6 +126,7 @@ impl Open {
         let catalog = Catalog::load(&store, &keys)?;
         let named = find_or_only(&store, &catalog, self.machine.as_deref())?;
         let (history, point) = choose(&store, &keys, named.chain, &moment)?;
+        warn_if_rolled_back(&vault, &history)?;
         for gap in &point.lacking {
             output.remark(format!("lacking: {gap}"))?;
         }
@@ -131,7 +143,7 @@ impl Open {
         let name = self.name.clone().unwrap_or_else(|| format!("{} at {}", named.name, WallTime(point.cut.time.0)));
         let branch = Arc::new(host.open(history.chain, &Moment::Sequence(point.cut.sequence), &name)?);
         let took = u64::try_from(SystemClock.monotonic().since(began).as_nanos()).unwrap_or(u64::MAX);
-        run(&branch, &self.serving, output, (&point.reason, took), self.throw_away)
+        serve_branch(&branch, &self.serving, &self.place, output, (&point.reason, took), self.throw_away)
     }
 }
 
@@ -154,18 +166,29 @@ impl Reopen {
         let branch = Arc::new(host.reopen(chain)?);
         let took = u64::try_from(SystemClock.monotonic().since(began).as_nanos()).unwrap_or(u64::MAX);
         let reason = branch.info().reason.clone();
-        run(&branch, &self.serving, output, (&reason, took), false)
+        serve_branch(&branch, &self.serving, &self.place, output, (&reason, took), false)
     }
 }
 
 /// Serves `branch` until somebody asks to stop.
-fn run(branch: &Arc<Branch>, serving: &Serving, output: Output, (reason, took): (&str, u64), throw_away: bool) -> Done {
+pub(crate) fn serve_branch(
+    branch: &Arc<Branch>,
+    serving: &Serving,
+    place: &VaultPlace,
+    output: Output,
+    (reason, took): (&str, u64),
+    throw_away: bool,
+) -> Done {
     let stop = StopRequest::listen()?;
     let runner = BranchRunner::start(Arc::clone(branch))
         .map_err(|error| io_failure("the branch's threads cannot be started", &error))?;
     let server = serve(branch, serving.tcp)
         .map_err(|error| Failure::new("the branch cannot be served", chain(&error), "name another place"))?;
-    let homes = Arc::new(Homes { notes: branch.directory().join("home") });
+    let homes = Arc::new(Homes {
+        notes: branch.directory().join("home"),
+        root: state_root(serving.state_dir.as_deref())?,
+        vault: place.vault.clone(),
+    });
     let control = ControlServer::start(Arc::clone(branch), homes, FailbackConfig::default())
         .map_err(|error| io_failure("the branch cannot be controlled", &error))?;
     let info = branch.info();

@@ -1,7 +1,11 @@
 //! `farshore vault points`: the moments to which a machine can be recovered, and the gaps between them.
+//!
+//! A machine that came home from a branch has a history of several chains. All of it is listed: what the newest chain
+//! does not reach back to is on its parent's. Points of a parent after the position that was branched from were left
+//! behind; they can be opened like any other.
 
 use clap::Args;
-use replication::{Cut, CutKind, MarkerKind, PointTime};
+use replication::{ChainId, Cut, CutKind, Generation, MarkerKind, PointTime, SequenceNumber};
 use serde_json::json;
 use vault::points::{Points as ChainPoints, Which};
 use vault::{Catalog, ChainHistory, Gap, GapScope, Moment};
@@ -10,7 +14,7 @@ use world::WallTime;
 use crate::failure::{Done, usage};
 use crate::moment;
 use crate::output::{Output, Table, duration_ns};
-use crate::vault_access::{KeyOptions, VaultPlace, choose, find_or_only};
+use crate::vault_access::{ANCESTORS_MAX, KeyOptions, VaultPlace, choose, find_or_only, warn_if_rolled_back};
 
 /// Options of `vault points`.
 #[derive(Debug, Args)]
@@ -57,48 +61,103 @@ impl Points {
             output.line(&point.reason)?;
             return point.lacking.iter().try_for_each(|gap| output.line(format!("lacking: {gap}")));
         }
-        let history = ChainHistory::load(store, keys, named.chain)?;
-        let points = ChainPoints::new(store, keys, &history);
+        let mut history = ChainHistory::load(store, keys, named.chain)?;
+        warn_if_rolled_back(&vault, &history)?;
         let newest = history.proven_through;
+        let tip = (newest, history.skew_ns);
         let from = self.from.as_deref().map_or(Ok(PointTime(0)), |text| limit_of(text, newest))?;
         let to = self.to.as_deref().map_or(Ok(PointTime(u64::MAX)), |text| limit_of(text, newest))?;
         let which = if self.markers { Which::Markers } else { Which::All };
-        let cuts = points.between(from, to, self.limit.max(1), which)?;
-        let shown_from = match cuts.first() {
-            Some(first) if cuts.len() >= self.limit => first.time,
-            _ => from,
-        };
-        let visible = |gap: &&Gap| gap.time <= to && gap.until.is_none_or(|(_, end)| end >= shown_from);
-        let gaps: Vec<&Gap> = points.gaps().iter().filter(visible).collect();
-        self.print(output, &history, &named.name, &cuts, &gaps)
+        let limit = self.limit.max(1);
+        let mut stretches: Vec<Stretch> = Vec::new();
+        let (mut room, mut to, mut left) = (limit, to, None);
+        for _ in 0..ANCESTORS_MAX {
+            let points = ChainPoints::new(store, keys, &history);
+            let cuts = points.between(from, to, room, which)?;
+            room -= cuts.len();
+            let shown_from = match cuts.first() {
+                Some(first) if room == 0 => first.time,
+                _ => from,
+            };
+            let visible = |gap: &&Gap| gap.time <= to && gap.until.is_none_or(|(_, end)| end >= shown_from);
+            let gaps = points.gaps().iter().filter(visible).cloned().collect();
+            stretches.push(Stretch { chain: history.chain, left, cuts, gaps });
+            let began = points.resolve(&Moment::Sequence(Generation(1).base())).map(|point| point.cut.time);
+            let (Some(parent), true, Ok(began)) = (history.parent, room > 0, began) else { break };
+            if began < from {
+                break;
+            }
+            // Before its first point a branch is what its parent was.
+            to = to.min(PointTime(began.0.saturating_sub(1)));
+            left = Some(parent.sequence);
+            history = ChainHistory::load(store, keys, parent.chain)?;
+        }
+        stretches.reverse();
+        self.print(output, tip, &named.name, &stretches, room == 0)
     }
 
-    fn print(&self, output: Output, history: &ChainHistory, name: &str, cuts: &[Cut], gaps: &[&Gap]) -> Done {
+    fn print(
+        &self,
+        output: Output,
+        (newest, skew_ns): (PointTime, i64),
+        name: &str,
+        stretches: &[Stretch],
+        full: bool,
+    ) -> Done {
         let mut table = Table::new(&["TIME", "POSITION", "POINT"]);
-        let mut gaps = gaps.iter().peekable();
-        for cut in cuts {
-            while let Some(gap) = gaps.next_if(|gap| gap.after < cut.sequence) {
-                gap_row(&mut table, gap);
-                output.object(&gap_object(gap))?;
+        for (index, stretch) in stretches.iter().enumerate() {
+            if index > 0 {
+                table.across(format!("  ── from here on chain {}", &stretch.chain.to_string()[..8]));
             }
-            table.row(vec![WallTime(cut.time.0).to_string(), format!("@{}", cut.sequence), kind(cut)]);
-            output.object(&cut_object(cut))?;
-        }
-        for gap in gaps {
-            gap_row(&mut table, gap);
-            output.object(&gap_object(gap))?;
+            stretch.print(output, &mut table)?;
         }
         output.table(&table)?;
-        let skew = duration_ns(history.skew_ns.unsigned_abs());
-        let direction = if history.skew_ns < 0 { "ahead of" } else { "behind" };
+        let skew = duration_ns(skew_ns.unsigned_abs());
+        let direction = if skew_ns < 0 { "ahead of" } else { "behind" };
         output.remark(format!(
             "{name} is current to {}; its clock is {skew} {direction} the server's",
-            WallTime(history.proven_through.0)
+            WallTime(newest.0)
         ))?;
-        match cuts.len() >= self.limit {
-            true => output.remark(format!("the newest {} points; more with --limit, --from and --to", cuts.len())),
+        match full {
+            true => output.remark(format!("the newest {} points; more with --limit, --from and --to", self.limit)),
             false => Ok(()),
         }
+    }
+}
+
+/// What is listed of one chain.
+struct Stretch {
+    chain: ChainId,
+    /// Where the next chain branched from this one: what comes after was left behind.
+    left: Option<SequenceNumber>,
+    cuts: Vec<Cut>,
+    gaps: Vec<Gap>,
+}
+
+impl Stretch {
+    fn print(&self, output: Output, table: &mut Table) -> Done {
+        let chain = self.chain.to_string();
+        let show_gap = |gap: &Gap, table: &mut Table| {
+            gap_row(table, gap);
+            let mut object = gap_object(gap);
+            object["chain"] = json!(chain);
+            output.object(&object)
+        };
+        let mut gaps = self.gaps.iter().peekable();
+        for cut in &self.cuts {
+            while let Some(gap) = gaps.next_if(|gap| gap.after < cut.sequence) {
+                show_gap(gap, table)?;
+            }
+            let left_behind = self.left.is_some_and(|left| cut.sequence > left);
+            let note = if left_behind { ", left behind" } else { "" };
+            let row = vec![WallTime(cut.time.0).to_string(), format!("@{}", cut.sequence), kind(cut) + note];
+            table.row(row);
+            let mut object = cut_object(cut);
+            object["chain"] = json!(chain);
+            object["left_behind"] = json!(left_behind);
+            output.object(&object)?;
+        }
+        gaps.try_for_each(|gap| show_gap(gap, table))
     }
 }
 

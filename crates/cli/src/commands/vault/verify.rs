@@ -14,7 +14,7 @@ use super::status::describe;
 use crate::failure::{Done, Failure, chain};
 use crate::output::{Output, bytes};
 use crate::progress::Progress;
-use crate::vault_access::{KeyOptions, VaultPlace};
+use crate::vault_access::{KeyOptions, VaultPlace, rolled_back};
 
 /// Options of `vault verify`.
 #[derive(Debug, Args)]
@@ -36,7 +36,13 @@ impl Verify {
             // Nothing is taken from checkpoints: every manifest is read.
             match ChainHistory::load_all(store, keys, id) {
                 Ok(history) => {
-                    chains.push(ChainToVerify { chain: id, layers: history.layers() });
+                    let rolled_back = rolled_back(&vault, &history)?;
+                    problems.extend(rolled_back.map(|rolled_back| rolled_back.to_string()));
+                    chains.push(ChainToVerify {
+                        chain: id,
+                        layers: history.layers(),
+                        superseded: history.superseded.clone(),
+                    });
                     // A stale writer's late manifest is history working as it should.
                     let bad = history.alarms.iter().filter(|alarm| !matches!(alarm, Alarm::Rejected { .. }));
                     problems.extend(bad.map(|alarm| format!("chain {id}: {}", describe(alarm))));
@@ -82,6 +88,7 @@ impl Verify {
             "chains": chains.len(), "tables": report.tables, "entries": report.entries, "frames": report.frames,
             "data_bytes": report.data_bytes, "unreadable_entries": report.unreadable_entries,
             "damaged": report.damaged.len(), "alarms": problems.len(), "unreferenced": report.unreferenced.len(),
+            "superseded": report.superseded.len(),
         }))?;
         output.line(format!(
             "read {} objects ({}) of {} chains, compared {} of disk data in {} frames, in {took}",
@@ -93,6 +100,11 @@ impl Verify {
         ))?;
         if report.unreadable_entries > 0 {
             output.line(format!("{} ranges were unreadable at the source; recorded", report.unreadable_entries))?;
+        }
+        if !report.superseded.is_empty() {
+            let count = report.superseded.len();
+            output
+                .remark(format!("{count} index tables were replaced by merged ones; maintenance will remove them"))?;
         }
         if !report.unreferenced.is_empty() {
             let count = report.unreferenced.len();
