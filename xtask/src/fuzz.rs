@@ -172,7 +172,7 @@ impl Built {
 
 fn files(directory: &Path) -> Result<Vec<PathBuf>> {
     let entries = fs::read_dir(directory).with_context(|| format!("cannot list {}", directory.display()))?;
-    Ok(entries.map(|entry| Ok(entry?.path())).collect::<Result<_>>()?)
+    entries.map(|entry| Ok(entry?.path())).collect()
 }
 
 #[cfg(test)]

@@ -5,7 +5,7 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 
@@ -53,7 +53,7 @@ impl Case for Churn {
         site.join(MACHINE)?;
         site.start_agent(MACHINE, Way::Direct)?;
         site.wait_until("the machine is protected", LIMIT, || site.is_protected(MACHINE))?;
-        let load = Load { pool: pool(subject.disk)?, size, time, protected_since: now()? };
+        let load = Load { pool: pool(subject.disk)?, size, time, protected_since: Said::by(&site)?.now };
         let mut measured = Measured::default();
         let mut best: Option<Step> = None;
         let mut attempt = |rate| -> Result<Step> {
@@ -201,17 +201,30 @@ impl Load {
 
     /// The age of the newest moment that the vault can recover, now.
     fn rpo(&self, site: &Site) -> Result<Duration> {
-        let status = site.vault_status(MACHINE)?.context("the vault does not know the machine")?;
-        let number = |name: &str| status[name].as_u64().with_context(|| format!("the status has no {name}"));
-        if number("open_gaps")? == 0 {
-            return Ok(Duration::from_nanos(number("rpo_ns")?));
+        let said = Said::by(site)?;
+        if said.open_gaps == 0 {
+            return Ok(said.rpo);
         }
         // Until the heal ends, nothing behind the gap can be recovered. A machine that nobody wrote to has no point before.
-        let newest = Duration::from_nanos(number("newest_point_ns")?).max(self.protected_since);
-        Ok(now()?.saturating_sub(newest))
+        Ok(said.now.saturating_sub(said.newest_point.max(self.protected_since)))
     }
 }
 
-fn now() -> Result<Duration> {
-    Ok(SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?)
+/// What the vault says of the machine. Moments are wall time.
+struct Said {
+    now: Duration,
+    rpo: Duration,
+    newest_point: Duration,
+    open_gaps: u64,
+}
+
+impl Said {
+    fn by(site: &Site) -> Result<Said> {
+        let status = site.vault_status(MACHINE)?.context("the vault does not know the machine")?;
+        let number = |name: &str| status[name].as_u64().with_context(|| format!("the status has no {name}"));
+        let time = |name: &str| number(name).map(Duration::from_nanos);
+        let rpo = time("rpo_ns")?;
+        let now = time("proven_through_ns")? + rpo;
+        Ok(Said { now, rpo, newest_point: time("newest_point_ns")?, open_gaps: number("open_gaps")? })
+    }
 }
