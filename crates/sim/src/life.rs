@@ -200,7 +200,7 @@ impl World {
             self.servers[self.assigned].accept(far);
             self.source.plug(near);
         }
-        if working && !self.is_away() && (!self.is_moving() || self.rng.one_in(10)) {
+        if working && !self.is_away() && (!self.is_moving() || self.rng.one_in(40)) {
             self.workload();
         }
         if self.rng.one_in(40) || !working {

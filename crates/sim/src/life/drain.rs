@@ -5,8 +5,11 @@ use super::{Fault, SECOND, World};
 
 /// How long a move may wait for the old server's last commit.
 const PATIENCE_NS: u64 = 20 * SECOND;
-/// A move is judged by itself if nothing else happened this long before and after it.
-const QUIET_NS: u64 = 5 * SECOND;
+/// A move is judged by itself if nothing else happened this long before it: what a link that stalls may cause is in the
+/// vault by then.
+const QUIET_BEFORE_NS: u64 = 15 * SECOND;
+/// And this long after it.
+const QUIET_AFTER_NS: u64 = 5 * SECOND;
 
 /// A move under way.
 pub(super) struct Moving {
@@ -44,7 +47,7 @@ impl World {
             self.source.unplug();
             self.assigned = 1 - self.assigned;
             self.talked_to[self.assigned] = true;
-            let quiet = self.misfortunes.last().is_none_or(|last| last.at_ns + QUIET_NS < now);
+            let quiet = self.misfortunes.last().is_none_or(|last| last.at_ns + QUIET_BEFORE_NS < now);
             self.moved = quiet.then(|| Moved { at: now, misfortunes: self.misfortunes.len() });
         }
         self.source.hold(false);
@@ -57,7 +60,7 @@ impl World {
             self.moved = None;
         } else if new_gaps > 0 {
             return Err("a drained move opened a gap although nothing else happened".into());
-        } else if moved.at + QUIET_NS < self.time.now() {
+        } else if moved.at + QUIET_AFTER_NS < self.time.now() {
             self.moved = None;
             self.undisturbed_moves += 1;
         }

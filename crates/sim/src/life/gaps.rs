@@ -48,6 +48,22 @@ const TAKEN_OVER: &[Fault] = &[
     Fault::StoreRefused,
 ];
 
+/// A failed write is told again on each new link until its heal is committed, as a gap of its own if the first one was
+/// closed already.
+const WRITE_FAILED: &[Fault] = &[
+    Fault::WriteFailed,
+    Fault::LinkLost,
+    Fault::LinkStalled,
+    Fault::AgentKilled,
+    Fault::ServerKilled,
+    Fault::ServerPowerCut,
+    Fault::ServerLost,
+    Fault::ServerSuspended,
+    Fault::MovedByForce,
+    Fault::StoreRefused,
+    Fault::AnswerLost,
+];
+
 /// What may open a gap that says `cause`; `None` if nothing that happens in this world may.
 fn misfortunes_for(cause: &str) -> Option<&'static [Fault]> {
     Some(match cause {
@@ -58,7 +74,7 @@ fn misfortunes_for(cause: &str) -> Option<&'static [Fault]> {
         "the process server's journal was lost" => &[Fault::ServerLost, Fault::MovedByForce],
         "the agent was protecting into another chain" => &[Fault::SiteLost],
         // Alone, or "too often for single ranges".
-        _ if cause.starts_with("a write failed") => &[Fault::WriteFailed],
+        _ if cause.starts_with("a write failed") => WRITE_FAILED,
         _ => return None,
     })
 }
