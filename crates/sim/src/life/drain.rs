@@ -48,7 +48,7 @@ impl World {
             self.assigned = 1 - self.assigned;
             self.talked_to[self.assigned] = true;
             let quiet = self.misfortunes.last().is_none_or(|last| last.at_ns + QUIET_BEFORE_NS < now);
-            self.moved = quiet.then(|| Moved { at: now, misfortunes: self.misfortunes.len() });
+            self.moved = quiet.then_some(Moved { at: now, misfortunes: self.misfortunes.len() });
         }
         self.source.hold(false);
     }

@@ -9,9 +9,9 @@ use vault::manifest::Gap;
 
 use super::{Fault, SECOND, World};
 
-/// How long after its misfortune a gap may come to light: a server may sleep for 40 s, then has to catch up, and commits
-/// every few seconds.
-const DELAY_NS_MAX: u64 = 50 * SECOND;
+/// How long after its misfortune a gap may come to light: a server may sleep for 40 s, twice in a row, then has to catch
+/// up, and commits every few seconds.
+const DELAY_NS_MAX: u64 = 90 * SECOND;
 
 /// Something that may open a gap.
 pub(super) struct Misfortune {
@@ -48,6 +48,18 @@ const TAKEN_OVER: &[Fault] = &[
     Fault::StoreRefused,
 ];
 
+/// Either side began anew.
+const TAKEN_OVER_OR_RESTARTED: &[Fault] = &[
+    Fault::AgentKilled,
+    Fault::SourcePowerCut,
+    Fault::SourceReverted,
+    Fault::MovedByForce,
+    Fault::ServerLost,
+    Fault::ServerKilled,
+    Fault::ServerPowerCut,
+    Fault::AnswerLost,
+    Fault::StoreRefused,
+];
 /// A failed write is told again on each new link until its heal is committed, as a gap of its own if the first one was
 /// closed already.
 const WRITE_FAILED: &[Fault] = &[
@@ -70,6 +82,8 @@ fn misfortunes_for(cause: &str) -> Option<&'static [Fault]> {
         "the agent was restarted" | "the agent started" => AGENT,
         "the send buffer was full" | "the heal was interrupted" => OUTAGE,
         "a process server took over" | "another process server took over" => TAKEN_OVER,
+        // Once more, if nothing is in the vault yet.
+        "initial replication" => TAKEN_OVER_OR_RESTARTED,
         // A crash loses nothing that was acknowledged; only the loss of the disk does.
         "the process server's journal was lost" => &[Fault::ServerLost, Fault::MovedByForce],
         "the agent was protecting into another chain" => &[Fault::SiteLost],
