@@ -322,6 +322,17 @@ impl Ingest {
         self.held.is_empty()
     }
 
+    /// Bytes of changes that wait to become durable.
+    pub fn memory_bytes(&self) -> u64 {
+        let data = |changes: &[Change]| changes.iter().map(|change| change.kind.data_len() as u64).sum::<u64>();
+        let held = self.held.iter().map(|held| match held {
+            Held::Work { work: Work::Changes { changes, .. }, .. } => data(changes),
+            // The work behind it shares its bytes.
+            Held::Work { .. } | Held::Record { .. } => 0,
+        });
+        held.sum()
+    }
+
     /// A message arrived.
     pub fn message(&mut self, message: Message, wall: PointTime) -> Outcome {
         let mut out = Outcome::default();

@@ -208,6 +208,11 @@ impl Pipeline {
         self.flying.is_none() && self.pending.since.is_none() && self.heal.is_none()
     }
 
+    /// Bytes of uncommitted changes in memory.
+    pub fn memory_bytes(&self) -> u64 {
+        self.pending.bytes + self.flying.as_ref().map_or(0, |flying| flying.content.bytes)
+    }
+
     /// Takes the next piece of work.
     ///
     /// # Errors

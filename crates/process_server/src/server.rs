@@ -2,6 +2,7 @@
 //! among them.
 
 use std::collections::BTreeMap;
+use std::fs::{File, OpenOptions, TryLockError};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
@@ -13,7 +14,7 @@ use replication::{ChainId, MachineId};
 use vault::keys::WriterSession;
 use vault::pack::load_dedup;
 use vault::view_source::{CacheBytes, FrameSource};
-use vault::{FolderStore, OpenKeys, Store, Vault, WriterKeys, probe_create_only};
+use vault::{FolderStore, OpenKeys, Store, Vault, VaultError, WriterKeys, probe_create_only};
 use world::{Clock, Entropy, Files, RealFiles, SystemClock, SystemEntropy};
 
 use crate::config::ServerConfig;
@@ -26,6 +27,8 @@ use crate::pipeline::Services;
 pub const WRITER_KEYS: &str = "writer.keys";
 /// Directory of the certificate authority in the state directory.
 pub const AUTHORITY: &str = "authority";
+/// Held by the running server.
+const LOCK: &str = "server.lock";
 /// Directory of the journal in the state directory.
 pub const JOURNAL: &str = "journal";
 
@@ -88,6 +91,8 @@ pub struct Server {
     address: std::net::SocketAddr,
     accepting: Option<thread::JoinHandle<()>>,
     journal: Option<Arc<JournalThread>>,
+    /// Held until everything above has ended.
+    lock: Option<File>,
 }
 
 /// Opens the folder that holds a vault.
@@ -111,11 +116,21 @@ impl Server {
         let entropy: Arc<dyn Entropy> = Arc::new(SystemEntropy);
         let clock: Arc<dyn Clock> = Arc::new(SystemClock);
         refuse_nested(config)?;
+        let lock = lock(config)?;
         let files: Arc<dyn Files> = Arc::new(RealFiles::new(config.state_dir.clone()));
         let keys = writer_keys(config, &*files)?;
         let store = open_folder(&config.vault, &*entropy)?;
-        let vault = Vault::open(Arc::clone(&store))
-            .map_err(|error| cannot("the vault cannot be opened", &error, "run `farshore vault init` first"))?;
+        let vault = Vault::open(Arc::clone(&store)).map_err(|error| {
+            let what_to_do = match &error {
+                VaultError::NotAVault { .. } => {
+                    "name the vault's folder with `vault`, or make one with `farshore vault init`"
+                }
+                VaultError::NewerFormat { .. } => "upgrade this farshore; nothing was changed",
+                VaultError::Damaged { .. } => "restore the object from another copy of the vault",
+                _ => "check that the vault's store can be read, then start again",
+            };
+            cannot("the vault cannot be opened", &error, what_to_do)
+        })?;
         if vault.id() != keys.vault {
             return Err(StartError {
                 what: "the vault is another one than this server was granted".into(),
@@ -185,7 +200,7 @@ impl Server {
                 .map_err(|error| cannot("a thread cannot be started", &error, "check the process limits"))?
         };
         tracing::info!(%address, vault = %config.vault.display(), "the process server is ready");
-        Ok(Server { shared, address, accepting: Some(accepting), journal: Some(journal) })
+        Ok(Server { shared, address, accepting: Some(accepting), journal: Some(journal), lock: Some(lock) })
     }
 
     /// Where agents connect.
@@ -196,6 +211,18 @@ impl Server {
     /// The machines served since the start.
     pub fn machines(&self) -> Vec<(MachineId, MachineStatus)> {
         self.shared.machines().iter().map(|(id, machine)| (*id, machine.status())).collect()
+    }
+
+    /// Why this process can serve nobody any more, if that is so: stop it and start it again.
+    pub fn failure(&self) -> Option<StartError> {
+        let why = self.journal.as_ref()?.failure()?;
+        Some(StartError {
+            what: "the journal stopped".into(),
+            why,
+            what_to_do: "make room in the state directory or mend its disk, then start the server again: agents keep \
+                         what it did not acknowledge"
+                .into(),
+        })
     }
 
     /// Commits what is pending and stops.
@@ -209,6 +236,7 @@ impl Server {
             machine.stop();
         }
         self.journal = None;
+        self.lock = None;
     }
 }
 
@@ -234,6 +262,23 @@ fn refuse_nested(config: &ServerConfig) -> Result<(), StartError> {
         });
     }
     Ok(())
+}
+
+/// Keeps a second server off the state directory: two writers would destroy each other's journal.
+fn lock(config: &ServerConfig) -> Result<File, StartError> {
+    let path = config.state_dir.join(LOCK);
+    let what = format!("the state directory {} cannot be locked", config.state_dir.display());
+    let file = OpenOptions::new().create(true).truncate(false).write(true).open(&path);
+    let file = file.map_err(|error| cannot(&what, &error, "run as the user it belongs to"))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => Err(StartError {
+            what: format!("another server runs on the state directory {}", config.state_dir.display()),
+            why: "two servers with one journal would destroy it".into(),
+            what_to_do: "stop the other one, or give this one a `state_dir` and a grant of its own".into(),
+        }),
+        Err(TryLockError::Error(error)) => Err(cannot(&what, &error, "keep it on a file system that locks")),
+    }
 }
 
 fn writer_keys(config: &ServerConfig, files: &dyn Files) -> Result<WriterKeys, StartError> {

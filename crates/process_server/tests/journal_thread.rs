@@ -39,17 +39,27 @@ fn sequences(journal: &Journal, chain: u8) -> Vec<u64> {
     found
 }
 
-/// Real files whose next syncs of journal files can be made to fail.
+/// Real files whose next syncs of journal files can be made to fail, on a disk that can be full.
 struct Failing {
     files: RealFiles,
     fails: Arc<AtomicU64>,
     armed: Arc<AtomicBool>,
+    full: Arc<AtomicBool>,
 }
 
-struct FailingFile(Box<dyn AppendFile>, Arc<AtomicU64>, Arc<AtomicBool>);
+fn room(full: &AtomicBool) -> io::Result<()> {
+    if full.load(Ordering::SeqCst) { Err(io::ErrorKind::StorageFull.into()) } else { Ok(()) }
+}
+
+struct FailingFile(Box<dyn AppendFile>, Arc<AtomicU64>, Arc<AtomicBool>, Arc<AtomicBool>);
 
 impl AppendFile for FailingFile {
     fn append(&mut self, bytes: &[u8]) -> io::Result<()> {
+        if room(&self.3).is_err() {
+            // As a disk does: what fits is written.
+            self.0.append(&bytes[..bytes.len() / 2])?;
+        }
+        room(&self.3)?;
         self.0.append(bytes)
     }
 
@@ -64,8 +74,9 @@ impl AppendFile for FailingFile {
 
 impl Files for Failing {
     fn create_new(&self, path: &str) -> io::Result<Box<dyn AppendFile>> {
+        room(&self.full)?;
         let file = self.files.create_new(path)?;
-        Ok(Box::new(FailingFile(file, Arc::clone(&self.fails), Arc::clone(&self.armed))))
+        Ok(Box::new(FailingFile(file, Arc::clone(&self.fails), Arc::clone(&self.armed), Arc::clone(&self.full))))
     }
     fn read(&self, path: &str) -> io::Result<Vec<u8>> {
         self.files.read(path)
@@ -170,6 +181,7 @@ fn a_failed_sync_loses_nothing_and_a_second_one_stops_the_journal() {
         files: RealFiles::new(folder.path()),
         fails: Arc::clone(&fails),
         armed: Arc::clone(&armed),
+        full: Arc::default(),
     });
     let journal = JournalThread::start(open(Arc::clone(&files)).0, CONFIG, QueueConfig::default()).expect("start");
     journal.append_and_wait(write(1, 1, 512)).expect("durable");
@@ -181,11 +193,40 @@ fn a_failed_sync_loses_nothing_and_a_second_one_stops_the_journal() {
     assert!(matches!(*error, JournalError::Io { .. }), "{error}");
     let error = journal.append_and_wait(write(1, 4, 512)).expect_err("stopped");
     assert!(matches!(*error, JournalError::Stopped), "{error}");
+    assert!(journal.failure().is_some_and(|why| why.contains("injected")), "{:?}", journal.failure());
     drop(journal);
     armed.store(false, Ordering::SeqCst);
     let (journal, _) = open(files);
     let found = sequences(&journal, 1);
     assert!(found == [1, 2] || found == [1, 2, 3], "{found:?}");
+}
+
+#[test]
+fn a_full_disk_stops_the_journal_which_loses_nothing_it_acknowledged() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let full = Arc::new(AtomicBool::new(false));
+    let files: Arc<dyn Files> = Arc::new(Failing {
+        files: RealFiles::new(folder.path()),
+        fails: Arc::default(),
+        armed: Arc::default(),
+        full: Arc::clone(&full),
+    });
+    let journal = JournalThread::start(open(Arc::clone(&files)).0, CONFIG, QueueConfig::default()).expect("start");
+    journal.append_and_wait(write(1, 1, 4096)).expect("durable");
+    assert_eq!(journal.failure(), None);
+    full.store(true, Ordering::SeqCst);
+    let error = journal.append_and_wait(write(1, 2, 4096)).expect_err("no room");
+    assert!(matches!(*error, JournalError::Io { .. }), "{error}");
+    let failure = journal.failure().expect("it says why");
+    assert!(failure.contains("could not create journal/"), "{failure}");
+    drop(journal);
+    full.store(false, Ordering::SeqCst);
+    let (journal, _) = open(Arc::clone(&files));
+    assert_eq!(sequences(&journal, 1), [1], "what was refused is not there, what was acknowledged is");
+    let journal = JournalThread::start(journal, CONFIG, QueueConfig::default()).expect("start");
+    journal.append_and_wait(write(1, 2, 4096)).expect("its sender sends it again");
+    let journal = journal.stop().expect("no panic");
+    assert_eq!(sequences(&journal, 1), [1, 2]);
 }
 
 #[test]

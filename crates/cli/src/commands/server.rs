@@ -1,5 +1,6 @@
 //! `farshore server`: the server roles of one site in one process.
 
+use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -48,7 +49,13 @@ impl Server {
                               "unfinished_failbacks": notes}))?;
         let homes = if target { " and recovery hosts" } else { "" };
         output.remark(format!("ready for agents{homes} on {}; Ctrl-C stops", server.address()))?;
-        stop.wait(|| false);
+        stop.wait(|| server.failure().is_some());
+        // A service manager starts it again, on a journal that is read anew.
+        if let Some(failure) = server.failure() {
+            reception.stop();
+            server.stop();
+            return Err(failure.into());
+        }
         output.remark("stopping: committing what is pending")?;
         reception.stop();
         server.stop();
@@ -101,6 +108,7 @@ fn unfinished(reception: &HomeReception) -> Done<Vec<(String, String, Vec<PathBu
 pub(crate) fn begin_log(output: Output) {
     let filter = EnvFilter::try_from_env("FARSHORE_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
     let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false);
+    let builder = builder.with_ansi(std::io::stderr().is_terminal());
     // A second one in the same process changes nothing.
     let _ = if output.json { builder.json().try_init() } else { builder.try_init() };
 }

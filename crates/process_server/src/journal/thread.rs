@@ -15,6 +15,7 @@ use super::record::Record;
 use super::replay::ChangeReader;
 use super::writer::{Journal, JournalCounters, JournalPosition};
 use super::{JournalConfig, JournalError};
+use crate::machine::chain_of_errors;
 
 /// Called on the journal's thread once the record is durable, or will never be. Must be quick.
 pub type Completion = Box<dyn FnOnce(Result<JournalPosition, Arc<JournalError>>) + Send>;
@@ -62,6 +63,8 @@ struct State {
     opening_bytes: u64,
     stopping: bool,
     stopped: bool,
+    /// Why the journal takes nothing any more.
+    failure: Option<String>,
 }
 
 struct Shared {
@@ -98,6 +101,7 @@ impl JournalThread {
             opening_bytes: 0,
             stopping: false,
             stopped: false,
+            failure: None,
         };
         publish(&mut state, &journal);
         let shared = Arc::new(Shared {
@@ -180,6 +184,11 @@ impl JournalThread {
         self.shared.lock().status.clone()
     }
 
+    /// Why the journal takes nothing any more, if it failed.
+    pub fn failure(&self) -> Option<String> {
+        self.shared.lock().failure.clone()
+    }
+
     /// Makes everything queued durable, ends the thread and returns the journal; `None` if it panicked.
     pub fn stop(mut self) -> Option<Journal> {
         self.join()
@@ -258,17 +267,21 @@ fn run(mut journal: Journal, shared: &Shared) -> Journal {
             }
         }
         let result = commit(&mut journal, &mut group, &mut broken);
+        let failure = result.as_ref().err().map(|error| chain_of_errors(error));
         {
             let mut state = shared.lock();
             state.granted_bytes -= granted;
+            // Whoever is told that it failed can ask why.
+            state.failure.clone_from(&failure);
             publish(&mut state, &journal);
         }
-        let failed = finish(group, &journal, result);
+        finish(group, &journal, result);
         for (chain, reply) in readers {
             // The caller may have given up.
             let _ = reply.send(journal.changes_of(chain));
         }
-        if failed {
+        if let Some(failure) = failure {
+            tracing::error!(failure, "the journal stops");
             fail_all(shared);
             return journal;
         }
@@ -322,13 +335,9 @@ fn append_all(
     Ok(())
 }
 
-/// Calls the completions; returns whether the journal is at its end.
-fn finish(group: Vec<Waiting>, journal: &Journal, result: Result<(), JournalError>) -> bool {
-    let failed = result.is_err();
+/// Calls the completions.
+fn finish(group: Vec<Waiting>, journal: &Journal, result: Result<(), JournalError>) {
     let error = Arc::new(result.err().unwrap_or(JournalError::Stopped));
-    if failed {
-        tracing::error!(%error, "the journal stops");
-    }
     for item in group {
         (item.done)(match item.outcome {
             Outcome::At(position) if position <= journal.durable() => Ok(position),
@@ -336,7 +345,6 @@ fn finish(group: Vec<Waiting>, journal: &Journal, result: Result<(), JournalErro
             Outcome::At(_) | Outcome::Open => Err(Arc::clone(&error)),
         });
     }
-    failed
 }
 
 /// After a failure nothing may become durable any more: what comes later would leave a hole.

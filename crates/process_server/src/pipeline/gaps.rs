@@ -34,9 +34,16 @@ impl OpenGap {
         self.scope == GapScope::Machine
     }
 
+    /// Whether none of its disks is there any more: no heal reads them.
+    fn is_of_removed(&self, disks: &[DiskGeometry]) -> bool {
+        let is_there = |disk: &DiskId| disks.iter().any(|known| known.disk == *disk);
+        matches!(&self.scope, GapScope::Disks(lacking) if !lacking.iter().any(is_there))
+    }
+
     /// Whether a heal of `reach` from `p0` on ends it.
     pub(super) fn is_ended_by(&self, p0: SequenceNumber, reach: &Reach, disks: &[DiskGeometry]) -> bool {
         self.after < p0
+            && !self.is_of_removed(disks)
             && match reach {
                 Reach::Machine => true,
                 Reach::Ranges(healed) => !self.is_of_machine() && healed.covers(&ranges_of(&self.scope, disks)),
@@ -114,6 +121,23 @@ impl Pipeline {
         self.open_gaps.push(OpenGap { after, scope: scope.clone() });
         self.pending.gaps_opened.push(Gap { after, scope, time, cause, until: None });
         self.touch();
+    }
+
+    /// Disks that the sender does not name any more stay in the vault as they were; points from here on say so. One that
+    /// comes back joins like a new one, and its heal ends the gap.
+    pub(super) fn label_removed(&mut self, time: PointTime) {
+        let at = self.journaled;
+        let removed = self.geometries.iter().map(|known| known.disk);
+        let removed = removed.filter(|disk| !self.announced.iter().any(|named| named.disk == *disk));
+        for scope in removed.map(|disk| GapScope::Disks(vec![disk])).collect::<Vec<_>>() {
+            if self.open_gaps.iter().any(|gap| gap.scope == scope) {
+                continue;
+            }
+            self.open_gaps.push(OpenGap { after: at, scope: scope.clone() });
+            let cause = "the disk is no longer protected: it holds what it held then".to_owned();
+            self.pending.gaps_opened.push(Gap { after: at, scope, time, cause, until: None });
+            self.touch();
+        }
     }
 
     /// Point time may stand still for a while after a clock jumped back, so it alone identifies nothing.

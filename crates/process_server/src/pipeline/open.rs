@@ -9,7 +9,7 @@ use std::sync::Arc;
 use replication::cut::{CutKind, CutPlanner, PointTime};
 use replication::receiver::{Greeting, Receiver, Remembered, SessionStart, greet};
 use replication::wire::{HealNeed, Hello, Message};
-use replication::{ChainId, InstanceId, MachineId, Reach, SequenceNumber, StreamHash};
+use replication::{ChainId, DiskId, InstanceId, MachineId, Ranges, Reach, SequenceNumber, StreamHash};
 use vault::catalog::{Catalog, CatalogEntry};
 use vault::keys::ObjectNonce;
 use vault::manifest::{Delta, Gap, GapScope, GeometryChange};
@@ -311,13 +311,15 @@ impl Pipeline {
         live: Option<InstanceId>,
     ) -> Result<Greeted, VaultError> {
         let empty = self.earlier.is_empty() && self.writer.state().layers.is_empty() && self.below.is_none();
+        let named = |disk: DiskId| hello.disks.iter().any(|known| known.disk == disk);
         let known = Remembered {
             machine,
             chain: self.chain,
             stream: self.stream.filter(|(sequence, _)| *sequence == self.journaled),
             committed: self.writer.through(),
             incomplete: self.is_in_gap(),
-            lacking: self.lacking(),
+            // What a disk lacks that is not there any more is no sender's business.
+            lacking: Ranges::of(self.lacking().iter().filter(|(disk, _)| named(*disk))),
             last_boot: self.last_boot,
             live,
             empty,
@@ -357,6 +359,7 @@ impl Pipeline {
         if !self.pending.geometries.is_empty() {
             self.touch();
         }
+        self.label_removed(self.last_point.max(PointTime(self.services.clock.wall().0)));
         let (_, hash) = self.stream.unwrap_or((self.journaled, StreamHash::default()));
         let start = SessionStart {
             chain: self.chain,

@@ -295,7 +295,7 @@ fn decode_offer_of_granules(input: &mut Decoder) -> Result<Message, DecodeError>
 }
 
 fn check_offer_start(start: u64) -> Result<(), DecodeError> {
-    if start % LEAF_BYTES != 0 || start > limits::DISK_BYTES_MAX {
+    if !start.is_multiple_of(LEAF_BYTES) || start > limits::DISK_BYTES_MAX {
         return Err(DecodeError::Inconsistent("an offer is unaligned or beyond any disk"));
     }
     Ok(())
@@ -659,6 +659,9 @@ mod tests {
         ) {
             let frame = message.encode();
             let mut body = frame.body().to_vec();
+            if body.is_empty() {
+                body.push(to);
+            }
             let index = at.index(body.len());
             body[index] = to;
             body.truncate(keep.index(body.len()) + 1);
