@@ -85,7 +85,13 @@ struct Running {
 }
 
 /// What a journal may take on its disk: little, as a life is short.
-const JOURNAL_BYTES: u64 = 2 << 20;
+pub const JOURNAL_BYTES: u64 = 2 << 20;
+/// Uncommitted changes that a pipeline keeps in memory.
+pub const MEMORY_BYTES: u64 = 160 << 10;
+/// Collected changes that are sealed; a manifest holds at most twice as much.
+pub const SEAL_BYTES: u64 = 96 << 10;
+/// Stream bytes that a sender may have under way.
+pub const WINDOW_BYTES: u64 = 64 << 10;
 
 /// One machine's ingest and pipeline.
 struct Node {
@@ -158,6 +164,17 @@ impl SimServer {
         self.running.is_some()
     }
 
+    /// Bytes that its journal takes on its disk.
+    pub fn journal_bytes(&self) -> u64 {
+        self.files.bytes_in("journal")
+    }
+
+    /// Bytes of changes that the process holds in memory.
+    pub fn memory_bytes(&self) -> u64 {
+        let Some(node) = self.running.as_ref().and_then(|running| running.node.as_ref()) else { return 0 };
+        node.ingest.memory_bytes() + node.pipeline.as_ref().map_or(0, Pipeline::memory_bytes)
+    }
+
     /// Starts the process on whatever its disk holds.
     pub fn start(&mut self) {
         assert!(self.running.is_none(), "one process at a time");
@@ -183,12 +200,12 @@ impl SimServer {
         let source = Arc::new(FrameSource::new(Arc::clone(&self.store), Arc::clone(&open), cache));
         let pace = Pace {
             seal_interval: Duration::from_secs(2),
-            seal_bytes: 96 << 10,
+            seal_bytes: SEAL_BYTES,
             idle_interval: Duration::from_secs(5),
             inline_bytes_max: 64 << 10,
             image_cut_bytes: 128 << 10,
-            window_bytes: 64 << 10,
-            memory_bytes_max: 160 << 10,
+            window_bytes: WINDOW_BYTES,
+            memory_bytes_max: MEMORY_BYTES,
             workers: NonZeroUsize::MIN,
             retry_pause: Duration::from_millis(300),
         };
