@@ -95,7 +95,7 @@ fn mutate(bytes: &[u8], other: &[u8], random: &mut Random) -> Vec<u8> {
             5 => {
                 bytes.drain(at..(at + 1 + random.below(8)).min(bytes.len()));
             }
-            _ if at < bytes.len() => bytes[at] = bytes[at] ^ 1 << random.below(8),
+            _ if at < bytes.len() => bytes[at] ^= 1 << random.below(8),
             _ => bytes.push(random.below(256) as u8),
         }
     }

@@ -4,8 +4,8 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use replication::{DiskGeometry, DiskId};
 use replication::geometry::ByteRange;
+use replication::{DiskGeometry, DiskId};
 use world::{BlockDevice, BlockError, Clock, Extent};
 
 use crate::core::BranchCore;

@@ -71,7 +71,7 @@ impl HomeReception {
         }
         let Some(target) = &self.target else {
             return refuse(Refusal::new(
-                format!("this server runs no master target"),
+                "this server runs no master target",
                 "nothing there would write to a disk",
                 "set `enabled` and `disks` in [master_target] of its configuration, and restart it",
             ));

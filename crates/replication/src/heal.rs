@@ -20,6 +20,7 @@ use crate::wire::{HealContent, Message, OfferedLeaf, is_wanted};
 
 /// What a heal wants done next.
 #[derive(Debug, PartialEq, Eq)]
+#[expect(clippy::large_enum_variant, reason = "lives for a moment; a box would cost an allocation a message")]
 pub(crate) enum HealStep {
     Read {
         disk: DiskId,

@@ -158,6 +158,7 @@ pub struct SessionStart {
 /// What happened.
 #[derive(Debug)]
 #[allow(missing_docs)]
+#[expect(clippy::large_enum_variant, reason = "lives for a moment; a box would cost an allocation a message")]
 pub enum Event {
     Received {
         message: Message,

@@ -15,6 +15,9 @@ use world::{BlockDevice, BlockError};
 use crate::model::{Model, StateDigest, digest};
 use crate::rng::Rng;
 
+/// Each disk with its bytes.
+pub type DiskContents = Vec<(DiskId, Vec<u8>)>;
+
 /// A point that was announced, and what it held then.
 #[derive(Debug, Clone)]
 pub struct Announced {
@@ -83,7 +86,7 @@ impl Tenant {
     ///
     /// # Errors
     /// If they cannot be read although nobody lost a sector.
-    pub fn contents(&self) -> Result<Option<Vec<(DiskId, Vec<u8>)>>, String> {
+    pub fn contents(&self) -> Result<Option<DiskContents>, String> {
         let Some(branch) = &self.branch else { return Ok(None) };
         let mut disks = Vec::new();
         for geometry in branch.disks() {
@@ -146,7 +149,7 @@ impl Tenant {
         let sectors = geometry.size_bytes / 512;
         let start = if rng.one_in(2) { rng.below(sectors.min(64)) } else { rng.below(sectors) };
         // Some users write whole leaves, whose hashes the vault knows; others write what they like.
-        let unit = if self.id.0[0] % 2 == 0 && sectors >= 16 { 8 } else { 1 };
+        let unit = if self.id.0[0].is_multiple_of(2) && sectors >= 16 { 8 } else { 1 };
         let start = start.min(sectors - unit) / unit * unit;
         let len = (unit + rng.below(WRITE_SECTORS_MAX.min(sectors - start) / unit) * unit) * 512;
         let len = len.min((sectors - start) * 512);

@@ -7,7 +7,8 @@ use replication::geometry::LEAF_BYTES;
 use replication::receiver::{self, Action, Event, Greeting, Receiver, Remembered, SessionStart};
 use replication::wire::{HealContent, Message, OfferedLeaf};
 use replication::{
-    ChainId, Change, ChangeKind, DiskId, Generation, HealId, InstanceId, PlainLeafHash, Ranges, SequenceNumber, StreamHash,
+    ChainId, Change, ChangeKind, DiskId, Generation, HealId, InstanceId, PlainLeafHash, Ranges, SequenceNumber,
+    StreamHash,
 };
 use sim::clock::{START_WALL_NS, TrueTime};
 use sim::link::{LinkEnd, connect};

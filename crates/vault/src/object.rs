@@ -20,11 +20,11 @@ pub use builder::{ObjectBuilder, SealedObject};
 pub(crate) use frame::looks_incompressible;
 pub use frame::{Compression, FrameSealer};
 pub(crate) use header::ParsedHeader;
-#[cfg(any(test, fuzzing))]
-pub(crate) use {frame::frame_survives, header::Parse};
 pub use header::{Header, Placement};
 pub use reader::{ObjectReader, verify_body_without_keys};
 pub(crate) use reader::{read_header, verify_signature};
+#[cfg(any(test, fuzzing))]
+pub(crate) use {frame::frame_survives, header::Parse};
 
 /// What an object is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]

@@ -251,7 +251,11 @@ fn answer(request: Request, shared: &Shared) -> Result<Answer, Problem> {
         },
         Request::Move { within_ms } => {
             if within_ms > MARK_WAIT_MS_MAX {
-                return Err(Problem::usage("the wait is too long", format!("{within_ms} ms"), "wait for ten minutes at most"));
+                return Err(Problem::usage(
+                    "the wait is too long",
+                    format!("{within_ms} ms"),
+                    "wait for ten minutes at most",
+                ));
             }
             let within = Duration::from_millis(within_ms);
             let (reply, answer) = mpsc::sync_channel(1);

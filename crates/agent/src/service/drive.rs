@@ -12,9 +12,9 @@ use replication::sender::StreamState;
 use replication::{Generation, MarkerKind};
 use world::Monotonic;
 
-use super::{Shared, lock};
 use super::problem::Problem;
 use super::uplink::Uplink;
+use super::{Shared, lock};
 use crate::capture::{Capture, RingPosition};
 use crate::engine::{Engine, Step, Wire};
 use crate::status::{LinkStatus, ProtectionState, gap_in_words};

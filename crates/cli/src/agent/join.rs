@@ -77,7 +77,9 @@ pub(crate) fn join(arguments: &JoinArguments, output: &Output) -> Result<(), Pro
     let next = match (moves, moved) {
         (false, _) => "next: write a configuration, then `farshore-agent check --config FILE`",
         (true, Some(true)) => "the running agent goes on at the new server, without a gap",
-        (true, Some(false)) => "the running agent goes on at the new server; what the old one had not committed is healed",
+        (true, Some(false)) => {
+            "the running agent goes on at the new server; what the old one had not committed is healed"
+        }
         (true, None) => "the agent goes on at the new server when it is started",
     };
     let text = format!("{} is enrolled as machine {}\n{next}", joined.machine_name, joined.machine);

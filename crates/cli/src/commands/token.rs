@@ -86,7 +86,11 @@ impl New {
         };
         let id = self.machine.map(|machine| machine.0);
         if id.is_some() && role != Role::Agent {
-            return Err(usage("only a machine moves", "the token is for another role", "leave out --machine or --role"));
+            return Err(usage(
+                "only a machine moves",
+                "the token is for another role",
+                "leave out --machine or --role",
+            ));
         }
         let valid_for = Duration::from_secs(self.valid_hours * 3600);
         let order = TokenOrder { role, id, valid_for, addresses: addresses.clone() };

@@ -49,7 +49,7 @@ fn any_case() -> impl Strategy<Value = Case> {
     let changed = (places(12), places(3), places(3));
     let plan = (1usize..4, any::<u64>(), 0u64..8);
     (disk, changed, plan).prop_map(|(ours, (changed, unknown, broken), (chunk, random, short))| {
-        let theirs = ours.iter().enumerate().map(|(at, leaf)| leaf ^ u8::from(changed.contains(&at)) * 2).collect();
+        let theirs = ours.iter().enumerate().map(|(at, leaf)| leaf ^ (u8::from(changed.contains(&at)) * 2)).collect();
         let short = short * 512;
         let size = ours.len() as u64 * LEAF_BYTES - short;
         let first = random % ours.len() as u64 * LEAF_BYTES;

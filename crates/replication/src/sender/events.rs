@@ -151,6 +151,7 @@ pub enum Event {
 /// What to do.
 #[derive(Debug, PartialEq, Eq)]
 #[allow(missing_docs)]
+#[expect(clippy::large_enum_variant, reason = "lives for a moment; a box would cost an allocation a message")]
 pub enum Action {
     Send(Message),
     /// Free ring space: everything before this position is journaled.

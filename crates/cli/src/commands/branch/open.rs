@@ -19,9 +19,7 @@ use crate::failure::{Done, Failure, Verdict, chain, io_failure, usage};
 use crate::moment::{self, MOMENT_HELP};
 use crate::output::{Output, bytes, duration_ns};
 use crate::progress::StopRequest;
-use crate::vault_access::{
-    KeyOptions, VaultPlace, choose, clock, entropy, find, find_or_only, warn_if_rolled_back,
-};
+use crate::vault_access::{KeyOptions, VaultPlace, choose, clock, entropy, find, find_or_only, warn_if_rolled_back};
 
 /// How long the control socket still answers after a branch has ended.
 const LAST_ANSWER: Duration = Duration::from_millis(500);
