@@ -6,7 +6,7 @@
 //! orderly stop, its time of modification give it away, and the whole disk is compared then.
 
 use std::collections::BTreeMap;
-use std::fs;
+use std::fs::{self, TryLockError};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::Arc;
@@ -74,6 +74,8 @@ impl FoundDisk {
 /// What the system says about a path.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Seen {
+    /// The device number, or that of an image file's file system and its inode: one disk under two names has one.
+    place: (u64, Option<u64>),
     serial: Option<String>,
     inode: Option<u64>,
     modified_ns: Option<i64>,
@@ -106,6 +108,14 @@ pub fn find(
         }
     }
     for (index, disk) in found.iter().enumerate() {
+        if let Some(twin) = found[..index].iter().find(|other| other.seen.place == disk.seen.place) {
+            problems.push(Problem::usage(
+                format!("disks `{}` and `{}` are the same", twin.name, disk.name),
+                format!("{} and {} lead to one disk", twin.path().display(), disk.path().display()),
+                "name each disk once",
+            ));
+            continue;
+        }
         let twin = found[..index].iter().find(|other| other.geometry.identity == disk.geometry.identity);
         if let Some(twin) = twin {
             problems.push(Problem::usage(
@@ -116,6 +126,24 @@ pub fn find(
         }
     }
     if problems.is_empty() { Ok(found) } else { Err(problems) }
+}
+
+/// Keeps other agents off the image files among `disks` for as long as they live: what a second one wrote would be in
+/// nobody's stream.
+///
+/// # Errors
+/// One entry for each that another program has locked.
+pub fn lock(disks: &[FoundDisk]) -> Result<(), Vec<Problem>> {
+    let in_use = |disk: &FoundDisk| {
+        let what = format!("disk `{}` is in use", disk.name);
+        let why = match disk.device.lock_image().err()? {
+            TryLockError::WouldBlock => format!("another agent or program has locked {}", disk.path().display()),
+            TryLockError::Error(error) => format!("{} cannot be locked: {error}", disk.path().display()),
+        };
+        Some(Problem::new(ProblemKind::Unsafe, what, why, "stop the other one first: its writes would not be seen"))
+    };
+    let problems: Vec<Problem> = disks.iter().filter_map(in_use).collect();
+    if problems.is_empty() { Ok(()) } else { Err(problems) }
 }
 
 fn open(disk: &DiskConfig, access: Access, register: &mut DiskRegister, accepted: bool) -> Result<FoundDisk, Problem> {
@@ -269,10 +297,12 @@ fn look_at(path: &Path, is_block_device: bool) -> std::io::Result<Seen> {
     if is_block_device {
         let (major, minor) = (rustix::fs::major(metadata.rdev()), rustix::fs::minor(metadata.rdev()));
         let folder = Path::new("/sys/dev/block").join(format!("{major}:{minor}"));
-        return Ok(Seen { serial: reported_serial(&folder), inode: None, modified_ns: None });
+        let place = (metadata.rdev(), None);
+        return Ok(Seen { place, serial: reported_serial(&folder), inode: None, modified_ns: None });
     }
     let modified_ns = metadata.mtime().saturating_mul(1_000_000_000).saturating_add(metadata.mtime_nsec());
-    Ok(Seen { serial: None, inode: Some(metadata.ino()), modified_ns: Some(modified_ns) })
+    let place = (metadata.dev(), Some(metadata.ino()));
+    Ok(Seen { place, serial: None, inode: Some(metadata.ino()), modified_ns: Some(modified_ns) })
 }
 
 /// What a block device says it is, from its folder below `/sys`. A partition is named by its disk and its number.
@@ -377,6 +407,30 @@ mod tests {
         image(&b, 1024);
         disks[1].serial = Some("a".to_owned());
         assert!(find(&disks)[0].what.contains("are the same"));
+        // One file under two names, the second by a detour or another link.
+        disks[1] =
+            configured("b", &folder.path().join("../").join(folder.path().file_name().expect("a name")).join("a.img"));
+        assert!(find(&disks)[0].why.contains("lead to one disk"));
+        fs::remove_file(&b).expect("removed");
+        fs::hard_link(&a, &b).expect("linked");
+        disks[1] = configured("b", &b);
+        assert!(find(&disks)[0].why.contains("lead to one disk"));
+    }
+
+    #[test]
+    fn an_image_has_one_agent_at_a_time() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let path = folder.path().join("a.img");
+        image(&path, 512);
+        let disks = [configured("a", &path)];
+        let open = || find(&disks, Access::ReadWrite, &mut DiskRegister::default(), &[]).expect("found");
+        let (first, second) = (open(), open());
+        lock(&first).expect("nobody else has it");
+        let problems = lock(&second).expect_err("it is in use");
+        assert_eq!(problems[0].kind, ProblemKind::Unsafe);
+        assert!(problems[0].why.contains("has locked"), "{:?}", problems[0]);
+        drop(first);
+        lock(&second).expect("it is free again");
     }
 
     #[test]

@@ -163,6 +163,9 @@ impl Service {
             CaptureKind::Ebpf => Access::ReadOnly,
         };
         let found = disks::find(&config.disks, access, &mut register, &options.accept_disks)?;
+        if kind == CaptureKind::Splitter {
+            disks::lock(&found)?;
+        }
         assemble(config, options, state, guard, register, found, kind).map_err(|problem| vec![problem])
     }
 

@@ -155,7 +155,9 @@ impl From<VaultError> for Failure {
                 match ended {
                     true => format!("bring the branch home: `farshore failback {successor}`"),
                     false => {
-                        format!("`farshore failback {successor}` brings it home, `farshore failover cancel` takes it back")
+                        format!(
+                            "`farshore failback {successor}` brings it home, `farshore failover cancel` takes it back"
+                        )
                     }
                 },
             ),
@@ -206,6 +208,11 @@ impl From<PointError> for Failure {
     fn from(error: PointError) -> Failure {
         let said = error.to_string();
         match error {
+            PointError::NoApplicationPoint { .. } => Failure::new(
+                said,
+                "such a point is a marker that was set while the machine's file systems were frozen",
+                "set one with `farshore-agent freeze --mark NAME`, or choose `latest`",
+            ),
             PointError::OutsideHistory { .. } => Failure::new(
                 said,
                 "a point exists only where the source is proven to have been captured",
@@ -214,7 +221,7 @@ impl From<PointError> for Failure {
             PointError::InsideGap { asked, gap, nearest, .. } => Failure::new(
                 format!("{asked} lies in a gap: {gap}"),
                 "what was written there did not reach the vault in order, so no state of it is a true one",
-                nearest,
+                format!("choose another moment; {}", lower_first(&nearest)),
             ),
             PointError::NoSuchMarker(_) => Failure::new(
                 said,
@@ -224,6 +231,11 @@ impl From<PointError> for Failure {
             PointError::Vault(error) => error.into(),
         }
     }
+}
+
+fn lower_first(text: &str) -> String {
+    let mut letters = text.chars();
+    letters.next().map_or(String::new(), |first| first.to_lowercase().chain(letters).collect())
 }
 
 impl From<BranchError> for Failure {

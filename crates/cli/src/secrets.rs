@@ -3,7 +3,7 @@
 use std::fs::{self, File};
 use std::io::{self, BufRead, IsTerminal, Read, Write};
 use std::os::fd::AsFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use rustix::termios::{LocalModes, OptionalActions, Termios, tcgetattr, tcsetattr};
 use vault::RecoveryKey;
@@ -88,11 +88,15 @@ fn read_secret(path: &Path, what: &str) -> Done<Zeroizing<String>> {
 
 fn read_limited(from: impl Read, what: &str, place: &str) -> Done<Zeroizing<String>> {
     let mut text = Zeroizing::new(String::with_capacity(256));
-    from.take(SECRET_BYTES_MAX + 1)
-        .read_to_string(&mut text)
-        .map_err(|error| io_failure(format!("the {what} cannot be read from {place}"), &error))?;
+    from.take(SECRET_BYTES_MAX + 1).read_to_string(&mut text).map_err(|error| match error.kind() {
+        io::ErrorKind::InvalidData => {
+            usage(format!("{place} holds no {what}"), "it is not text", "name the right file")
+        }
+        _ => io_failure(format!("the {what} cannot be read from {place}"), &error),
+    })?;
     if text.len() as u64 > SECRET_BYTES_MAX {
-        return Err(usage(format!("{place} is too long for a {what}"), "", "name the right file"));
+        let why = format!("it has more than {SECRET_BYTES_MAX} bytes");
+        return Err(usage(format!("{place} is too long for a {what}"), why, "name the right file"));
     }
     Ok(text)
 }
@@ -151,10 +155,42 @@ impl<F: AsFd> Drop for Silence<'_, F> {
 
 /// Writes a secret to a new file that only its owner may read.
 pub(crate) fn write_new_secret(path: &Path, text: &[u8], what: &str) -> Done {
-    use std::os::unix::fs::OpenOptionsExt;
-    let refused = |error: &io::Error| io_failure(format!("the {what} cannot be written to {}", path.display()), error);
-    let mut file =
-        fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(path).map_err(|error| refused(&error))?;
-    file.write_all(text).map_err(|error| refused(&error))?;
-    rustix::fs::fsync(&file).map_err(|error| refused(&error.into()))
+    NewSecret::create(path, what)?.write(text)
+}
+
+/// A new file that only its owner may read, for a secret that is about to exist. It is removed unless that was written.
+pub(crate) struct NewSecret {
+    file: File,
+    path: PathBuf,
+    what: String,
+    written: bool,
+}
+
+impl NewSecret {
+    /// Makes the empty file.
+    pub(crate) fn create(path: &Path, what: &str) -> Done<NewSecret> {
+        use std::os::unix::fs::OpenOptionsExt;
+        let file = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(path);
+        let file =
+            file.map_err(|error| io_failure(format!("the {what} cannot be written to {}", path.display()), &error))?;
+        Ok(NewSecret { file, path: path.to_owned(), what: what.to_owned(), written: false })
+    }
+
+    /// Writes the secret. Durable on return.
+    pub(crate) fn write(&mut self, text: &[u8]) -> Done {
+        self.file.write_all(text).and_then(|()| rustix::fs::fsync(&self.file).map_err(io::Error::from)).map_err(
+            |error| io_failure(format!("the {} cannot be written to {}", self.what, self.path.display()), &error),
+        )?;
+        self.written = true;
+        Ok(())
+    }
+}
+
+impl Drop for NewSecret {
+    fn drop(&mut self) {
+        if !self.written {
+            // An empty file would be taken for a key. If it stays, that is all it is.
+            let _ = fs::remove_file(&self.path);
+        }
+    }
 }

@@ -230,7 +230,10 @@ pub(crate) fn choose(
             Ok(point) => return Ok((history, point)),
             Err(error) => error,
         };
-        let elsewhere = matches!(error, PointError::OutsideHistory { .. } | PointError::NoSuchMarker(_));
+        let elsewhere = matches!(
+            error,
+            PointError::OutsideHistory { .. } | PointError::NoApplicationPoint { .. } | PointError::NoSuchMarker(_)
+        );
         let parent = history.parent.filter(|_| elsewhere);
         first.get_or_insert(error);
         let Some(parent) = parent else { break };

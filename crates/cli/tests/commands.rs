@@ -172,6 +172,42 @@ fn the_recovery_key_file_is_private_and_not_in_the_vault() {
 }
 
 #[test]
+fn a_vault_is_not_made_without_a_place_for_its_key() {
+    let world = World::new();
+    fs::write(world.path("taken"), "something else").expect("written");
+    for (place, says) in [("missing/key", "No such file"), ("taken", "exists")] {
+        let said =
+            world.run(&format!("vault init --vault vault --passphrase-file passphrase --recovery-key-to {place}"));
+        assert!(said.code == 1 && said.err.contains("the recovery key cannot be written to"), "{}", said.err);
+        assert!(said.err.contains(says), "{}", said.err);
+        assert_eq!(fs::read_dir(world.path("vault")).expect("made").count(), 0, "no vault whose key nobody has");
+    }
+    assert_eq!(fs::read_to_string(world.path("taken")).expect("there"), "something else");
+    // A vault that cannot be made leaves no file that looks like a key.
+    fs::write(world.path("file"), "hello").expect("written");
+    fs::write(world.path("short"), "short").expect("written");
+    for words in ["--vault file --passphrase-file passphrase", "--vault vault --passphrase-file short"] {
+        assert_ne!(world.run(&format!("vault init {words} --recovery-key-to key")).code, 0);
+        assert!(!world.path("key").exists(), "{words}");
+    }
+    assert_eq!(world.run("vault init --vault vault --passphrase-file passphrase --recovery-key-to key").code, 0);
+    assert_eq!(world.run("vault key check --vault vault --recovery-key-file key").code, 0);
+}
+
+#[test]
+fn keys_that_are_no_text_are_wrong_usage() {
+    let world = World::with_vault();
+    fs::write(world.path("binary"), [0xff, 0xfe, 0, 1]).expect("written");
+    fs::write(world.path("long"), "a".repeat(5000)).expect("written");
+    for option in ["--passphrase-file", "--recovery-key-file"] {
+        for (file, says) in [("binary", "it is not text"), ("long", "more than 4096 bytes")] {
+            let said = world.run(&format!("vault machines --vault vault {option} {file}"));
+            assert!(said.code == 2 && said.err.contains(says), "{option} {file}: {}", said.err);
+        }
+    }
+}
+
+#[test]
 fn wrong_keys_are_told_apart() {
     let world = World::with_vault();
     fs::write(world.path("wrong"), "another passphrase").expect("written");
@@ -260,6 +296,44 @@ fn a_vault_of_a_newer_format_and_a_damaged_one_are_told_apart() {
     assert_eq!(world.run("vault status --vault vault").code, 0);
 }
 
+#[test]
+fn a_server_that_cannot_start_says_what_to_do() {
+    let world = World::with_vault();
+    let key = "--vault vault --recovery-key-file key";
+    assert_eq!(world.run(&format!("vault grant {key} --label ps1 --state-dir state")).code, 0);
+    let root = world.folder.path().canonicalize().expect("there");
+    let config = |vault: &str| {
+        let (state, vault) = (root.join("state"), root.join(vault));
+        let text = format!("state_dir = {state:?}\nvault = {vault:?}\nlisten = \"127.0.0.1:0\"\n");
+        fs::write(world.path("server.toml"), text).expect("written");
+    };
+    let refused = |says: &str, remedy: &str| {
+        let said = world.run("server --config server.toml");
+        assert!(said.code == 1 && said.err.contains(says), "{}", said.err);
+        assert!(said.err.lines().last().expect("three parts").contains(remedy), "{}", said.err);
+    };
+    config("nowhere");
+    refused("there is no such folder", "name the folder");
+    fs::create_dir(world.path("empty")).expect("made");
+    config("empty");
+    refused("the vault cannot be opened", "farshore vault init");
+    assert_eq!(world.run("vault init --vault other --passphrase-file passphrase --recovery-key-to other-key").code, 0);
+    config("other");
+    refused("another one than this server was granted", "correct `vault`");
+    config("vault");
+    let path = world.path("vault/vault");
+    let bytes = fs::read(&path).expect("there");
+    let mut newer = bytes.clone();
+    newer[8] = newer[8].wrapping_add(1);
+    replace(&path, &newer);
+    refused("use a newer Farshore", "upgrade this farshore");
+    replace(&path, &bytes);
+    // As another running server holds it.
+    let lock = fs::File::create(world.path("state/server.lock")).expect("made");
+    lock.try_lock().expect("nobody has it");
+    refused("another server runs on the state directory", "stop the other one");
+}
+
 fn replace(path: &Path, bytes: &[u8]) {
     fs::remove_file(path).expect("removed");
     fs::write(path, bytes).expect("written");
@@ -294,7 +368,7 @@ fn foreign_objects_in_the_vault_are_found_by_verify() {
     let said = world.run("vault verify --vault vault --recovery-key-file key");
     assert_eq!(said.code, 1);
     assert!(said.out.contains("packs/00/11") && said.out.contains("it is not a Farshore object"), "{}", said.out);
-    assert!(said.err.starts_with("error: 1 objects are damaged"), "{}", said.err);
+    assert!(said.err.starts_with("error: 1 damaged or foreign object, 0 alarms"), "{}", said.err);
 }
 
 #[test]
@@ -461,6 +535,17 @@ fn configuration_mistakes_name_line_and_key() {
 }
 
 #[test]
+fn quiet_leaves_out_remarks_and_nothing_that_was_asked_for() {
+    let world = World::new();
+    let said = world.run("--quiet vault init --vault vault --passphrase-file passphrase --recovery-key-to key");
+    assert_eq!((said.code, said.out.as_str(), said.err.as_str()), (0, "", ""));
+    let said = world.run("-q branch list --vault vault --recovery-key-file key");
+    assert_eq!((said.code, said.err.as_str()), (0, ""));
+    let said = world.run("-q vault status --vault nowhere");
+    assert!(said.code == 1 && said.err.starts_with("error: "), "{}", said.err);
+}
+
+#[test]
 fn with_json_failures_are_objects_too() {
     let world = World::new();
     let said = world.run("--json vault status --vault nowhere");
@@ -480,5 +565,13 @@ fn wrong_usage_is_exit_code_two_and_completion_knows_the_verbs() {
     assert!(
         script.code == 0 && script.out.contains("farshore__subcmd__vault") || script.out.contains("farshore__vault")
     );
+    for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
+        let script = world.run(&format!("completion {shell}"));
+        assert!(
+            script.code == 0 && script.err.is_empty() && script.out.contains("failback"),
+            "{shell}: {}",
+            script.err
+        );
+    }
     assert!(world.run("demo --keep .").err.contains("is not empty"));
 }

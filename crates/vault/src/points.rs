@@ -69,6 +69,12 @@ pub enum PointError {
         /// The nearest openable cut after.
         after: Option<Box<Cut>>,
     },
+    /// None was ever set.
+    #[error("there is no application-consistent point in this history, which {reach}")]
+    NoApplicationPoint {
+        /// From when to when it reaches, as the end of a sentence.
+        reach: String,
+    },
     /// No marker has this name.
     #[error("no marker is named {0:?}")]
     NoSuchMarker(String),
@@ -135,7 +141,7 @@ impl<'a> Points<'a> {
             Moment::Back(seconds) => {
                 let time = self.history.proven_through.0.saturating_sub(seconds.saturating_mul(1_000_000_000));
                 let time = PointTime(time);
-                self.at(time, &format!("{seconds} s before the newest proven moment, {}", wall(time)))
+                self.at(time, &format!("the state {seconds} s before the newest proven moment, at {},", wall(time)))
             }
             Moment::Sequence(sequence) => {
                 let asked = format!("position {sequence}");
@@ -178,7 +184,12 @@ impl<'a> Points<'a> {
                 let reason = format!("{what}: {}", describe(&cut));
                 Ok(self.point(cut, reason))
             }
-            None => Err(self.outside(what.to_owned())?),
+            None => Err(match (which, self.outside(what.to_owned())?) {
+                (Which::Application, PointError::OutsideHistory { reach, .. }) => {
+                    PointError::NoApplicationPoint { reach }
+                }
+                (_, other) => other,
+            }),
         }
     }
 

@@ -432,7 +432,7 @@ fn moments_are_resolved_with_a_reason_or_refused_with_the_nearest_points() {
         assert!(error.to_string().contains("reaches from"), "{error}");
     }
     assert!(matches!(points.resolve(&Moment::Marker("x".into())), Err(PointError::NoSuchMarker(_))));
-    assert!(matches!(points.resolve(&Moment::LatestApplication), Err(PointError::OutsideHistory { .. })));
+    assert!(matches!(points.resolve(&Moment::LatestApplication), Err(PointError::NoApplicationPoint { .. })));
     let listed = points.between(second(0), second(99), 100, Which::All).expect("points");
     let listed: Vec<SequenceNumber> = listed.iter().map(|cut| cut.sequence).collect();
     assert_eq!(listed, [10, 20, 30, 40, 50, 80, 90].map(|counter| seq(1, counter)));

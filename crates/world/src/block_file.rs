@@ -7,7 +7,7 @@
 //!
 //! A crash leaves behind whatever the page cache had written out; only what preceded a successful flush is promised.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{File, OpenOptions, TryLockError};
 use std::io;
 use std::ops::Range;
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
@@ -115,6 +115,18 @@ impl FileDevice {
         match device.kind {
             Kind::ImageFile => Ok(device),
             Kind::BlockDevice => FileDevice::open_with(path, Access::ReadOnly, Caching::Direct),
+        }
+    }
+
+    /// Keeps everybody else who asks off this image file for as long as the device lives. Block devices are not locked:
+    /// udev waits for whoever locks one.
+    ///
+    /// # Errors
+    /// [`TryLockError::WouldBlock`] if another device or program has locked it.
+    pub fn lock_image(&self) -> Result<(), TryLockError> {
+        match self.kind {
+            Kind::ImageFile => self.file.try_lock(),
+            Kind::BlockDevice => Ok(()),
         }
     }
 

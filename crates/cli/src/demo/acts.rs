@@ -209,7 +209,7 @@ pub(crate) fn play(plan: &Plan, paths: Paths, programs: Programs, output: Output
     vault_alone(&site, &start, made.file_system.is_some(), &say)?;
     figures.add("vault at the end", bytes(folder_bytes(&site.paths.vault)));
     site.end()?;
-    let picture = watch.finish(&history);
+    let picture = watch.finish(&[&history, &machine_history(&site)?]);
     output.line("")?;
     for line in picture.render(columns()).lines() {
         output.line(line)?;

@@ -41,8 +41,8 @@ pub(crate) struct Timeline {
     pub(crate) events: Vec<Event>,
     /// Where no point can be opened.
     pub(crate) holes: Vec<Hole>,
-    /// The first and the last moment with a point.
-    pub(crate) points_ms: Option<(u64, u64)>,
+    /// The first and the last moment with a point, of each line of history that was followed.
+    pub(crate) stretches: Vec<(u64, u64)>,
     /// Length of the run in milliseconds.
     pub(crate) total_ms: u64,
 }
@@ -111,10 +111,11 @@ impl Timeline {
     }
 
     fn points(&self, width: usize, text: &mut String) {
-        let Some((first, last)) = self.points_ms else { return };
-        let (first, last) = (self.column(first, width), self.column(last, width));
-        let mut line: Vec<char> =
-            (0..width).map(|column| if (first..=last).contains(&column) { '━' } else { ' ' }).collect();
+        let mut line = vec![' '; width];
+        for (first, last) in &self.stretches {
+            let first = self.column(*first, width);
+            line[first..=self.column(*last, width).max(first)].fill('━');
+        }
         for hole in &self.holes {
             line[self.column(hole.from_ms, width)..=self.column(hole.to_ms, width)].fill('╌');
         }
@@ -182,7 +183,7 @@ mod tests {
                 Event { at_ms: 10_000, what: "end".into() },
             ],
             holes: vec![Hole { from_ms: 6000, to_ms: 7000, cause: "the ring was full".into() }],
-            points_ms: Some((3000, 10_000)),
+            stretches: vec![(3000, 8000), (9000, 10_000)],
             total_ms: 10_000,
         };
         let expected = "\
@@ -192,7 +193,7 @@ ring        ▁▁▁▁▁▁▁▁▁▁▂▂▂▂▂▂▂▂▂▂██�
 unjournaled ▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁  max 0 changes
 uncommitted ▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁  max 0 changes
 RPO                   ▃▃▃▃▃▃▃▃▃▃██████████▂▂▂▂▂▂▂▂▂  max 4.0 s
-points                  ━━━━━━━━━━━━╌╌╌╌╌━━━━━━━━━━━  ━ any second  ╌ gap
+points                  ━━━━━━━━━━━━╌╌╌╌╌━━━━   ━━━━  ━ any second  ╌ gap
 events                          a                   b
             a    5.0 s  the process server is killed
             b   10.0 s  end
@@ -204,6 +205,8 @@ events                          a                   b
             text.lines().map(|line| line.split_whitespace().next().unwrap_or("").to_owned()).collect::<Vec<_>>()
         };
         assert_eq!(shape(&got), shape(expected));
+        let points = |text: &str| text.lines().find(|line| line.starts_with("points")).map(str::to_owned);
+        assert_eq!(points(&got), points(expected));
     }
 
     #[test]

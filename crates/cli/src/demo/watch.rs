@@ -8,8 +8,9 @@ use std::time::Duration;
 
 use agent::service::control::{Answer, Request, ask};
 use agent::status::AgentStatus;
-use replication::SequenceNumber;
-use vault::{Catalog, ChainHistory, UnlockedVault};
+use replication::{PointTime, SequenceNumber};
+use vault::points::Which;
+use vault::{Catalog, ChainHistory, Points, UnlockedVault};
 use world::{Clock, SystemClock, WallTime};
 
 use super::timeline::{Event, Hole, Sample, Timeline};
@@ -88,30 +89,35 @@ impl Watch {
         (at(50).unwrap_or_default(), at(100).unwrap_or_default())
     }
 
-    /// Ends the watch and returns the picture's data, with the gaps of `history`.
-    pub(crate) fn finish(mut self, history: &ChainHistory) -> Timeline {
+    /// Ends the watch and returns the picture's data, with points and gaps of the machine's `lines`: the chains that it
+    /// followed one after the other.
+    pub(crate) fn finish(mut self, lines: &[&ChainHistory]) -> Timeline {
         let total_ms = self.shared.now_ms();
         self.stop();
         let began = self.shared.began.0;
         let ms = |ns: u64| ns.saturating_sub(began) / 1_000_000;
         let mut holes = Vec::new();
-        let mut first = None;
-        for gap in history.gaps() {
-            let end = gap.until.map_or(total_ms, |(_, time)| ms(time.0));
-            // Before the first heal ended there was nothing to have a gap in.
-            if gap.after.0 == gap.after.generation().base().0 && first.is_none() {
-                first = Some(end);
-            } else {
-                holes.push(Hole { from_ms: ms(gap.time.0), to_ms: end, cause: gap.cause.clone() });
+        let mut stretches = Vec::new();
+        for history in lines {
+            let mut first = None;
+            for gap in history.gaps() {
+                let end = gap.until.map_or(total_ms, |(_, time)| ms(time.0));
+                // Before the first heal ended there was nothing to have a gap in.
+                if gap.after.0 == gap.after.generation().base().0 && first.is_none() && history.parent.is_none() {
+                    first = Some(end);
+                } else {
+                    holes.push(Hole { from_ms: ms(gap.time.0), to_ms: end, cause: gap.cause.clone() });
+                }
             }
+            let last = history.last_cut().map(|_| ms(history.proven_through.0).min(total_ms));
+            stretches.extend(first.or_else(|| self.shared.first_point(history).map(ms)).zip(last));
         }
-        let last = history.last_cut().map(|_| ms(history.proven_through.0).min(total_ms));
         let mut seen = self.shared.seen();
         Timeline {
             samples: std::mem::take(&mut seen.samples),
             events: std::mem::take(&mut seen.events),
             holes,
-            points_ms: first.or(Some(0)).zip(last),
+            stretches,
             total_ms,
         }
     }
@@ -155,6 +161,13 @@ impl Shared {
             uncommitted: distance(&marks.captured, &marks.committed),
             rpo_ms,
         })
+    }
+
+    /// When the oldest point of a chain was, in nanoseconds.
+    fn first_point(&self, history: &ChainHistory) -> Option<u64> {
+        let points = Points::new(self.vault.store(), self.vault.keys(), history);
+        let cuts = points.between(PointTime(0), PointTime(u64::MAX), usize::MAX, Which::All).ok()?;
+        cuts.first().map(|cut| cut.time.0)
     }
 
     /// In milliseconds; `None` if there is no point yet or the vault cannot be read just now.

@@ -100,6 +100,7 @@ impl Export {
         let size = disk.size_bytes;
         let device = PointDevice { view, cut: point.cut.sequence, disk: disk.disk, size };
         let stop = StopRequest::listen()?;
+        let format = self.format.to_possible_value().expect("no format is hidden").get_name().to_owned();
         let took = if self.format == Format::Raw {
             let mut progress = Progress::of_bytes(output, format!("exporting {}", named.name), size);
             image::write_raw(&device, &self.to, &mut progress, &stop)?;
@@ -108,8 +109,7 @@ impl Export {
             took
         } else {
             let progress = Progress::spinner(output, format!("exporting {}", named.name));
-            let format = self.format.to_possible_value().expect("no format is hidden").get_name().to_owned();
-            image::write_by_qemu(device, &self.to, &format)?;
+            image::write_by_qemu(device, &self.to, &format, &stop)?;
             let took = progress.took();
             progress.finish();
             took
@@ -117,7 +117,7 @@ impl Export {
         output.object(&json!({
             "machine": named.name, "disk": disk.disk.0, "sequence": point.cut.sequence.to_string(),
             "time_ns": point.cut.time.0, "time": WallTime(point.cut.time.0).to_string(), "reason": point.reason,
-            "file": self.to, "size_bytes": size,
+            "file": self.to, "format": format, "size_bytes": size,
         }))?;
         output.line(format!("wrote {} ({}) in {took}", self.to.display(), bytes(size)))
     }

@@ -83,8 +83,8 @@ fn unreadable(error: &BlockError) -> Failure {
     Failure::new("the disk cannot be read at this point", chain(error), remedy)
 }
 
-/// Has `qemu-img` write `device` to `to` as `format`.
-pub(super) fn write_by_qemu(device: PointDevice, to: &Path, format: &str) -> Done {
+/// Has `qemu-img` write `device` to `to` as `format`. Durable on return.
+pub(super) fn write_by_qemu(device: PointDevice, to: &Path, format: &str, stop: &StopRequest) -> Done {
     let folder = tempfile::Builder::new()
         .prefix("farshore-")
         .permissions(std::fs::Permissions::from_mode(0o700))
@@ -99,22 +99,38 @@ pub(super) fn write_by_qemu(device: PointDevice, to: &Path, format: &str) -> Don
     let address = format!("nbd+unix:///disk?socket={}", socket.display());
     let ran = Command::new("qemu-img")
         .args(["convert", "-f", "raw", "-O", format])
+        // A VHD is rounded up to whole cylinders unless told otherwise; a disk is no larger than it was.
+        .args((format == "vpc").then_some(["-o", "force_size=on"]).into_iter().flatten())
         .arg(&address)
         .arg(to)
         .stdin(Stdio::null())
-        .output();
-    server.stop();
-    let ran = ran.map_err(|error| {
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn();
+    let mut running = ran.map_err(|error| {
         Failure::new(
             format!("qemu-img is needed to write {format} and cannot be run"),
             error.to_string(),
             "install it (the package is qemu-utils or qemu-img), or export --format raw",
         )
     })?;
+    stop.wait(|| !matches!(running.try_wait(), Ok(None)));
+    // Nothing is left to stop if it has ended by itself, as it does when Ctrl-C reaches both.
+    let _ = running.kill();
+    let ran = running.wait_with_output().map_err(|error| io_failure("qemu-img cannot be waited for", &error));
+    server.stop();
+    let ran = ran?;
     if ran.status.success() {
-        return Ok(());
+        let refused = |error: &io::Error| io_failure(format!("{} cannot be made durable", to.display()), error);
+        let file = File::open(to).map_err(|error| refused(&error))?;
+        return rustix::fs::fsync(&file).map_err(|error| refused(&error.into()));
     }
     let _ = std::fs::remove_file(to);
+    stop.check(&format!("the unfinished {} was removed", to.display()))?;
     let said = String::from_utf8_lossy(&ran.stderr).trim().to_owned();
-    Err(Failure::new(format!("qemu-img could not write {}", to.display()), said, "try --format raw"))
+    Err(Failure::new(
+        format!("qemu-img could not write {}", to.display()),
+        said,
+        "mend what it says, or export --format raw, which takes no qemu-img",
+    ))
 }

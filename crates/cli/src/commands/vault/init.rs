@@ -10,7 +10,7 @@ use vault::{Vault, VaultError, probe_create_only};
 
 use crate::failure::{Done, Failure, Verdict, io_failure};
 use crate::output::Output;
-use crate::secrets;
+use crate::secrets::{self, NewSecret};
 use crate::vault_access::{VaultPlace, clock, entropy};
 
 /// Options of `vault init`.
@@ -53,13 +53,20 @@ impl Init {
         }
         // Asked for before anything is written: a wrong answer leaves an empty folder.
         let passphrase = secrets::new_passphrase(self.passphrase_file.as_deref())?;
+        // A vault whose recovery key could not be written would be one without: its place is taken first.
+        let mut kept =
+            self.recovery_key_to.as_deref().map(|path| NewSecret::create(path, "recovery key")).transpose()?;
         probe_create_only(store.as_ref(), entropy().as_ref())?;
         let (vault, recovery) = Vault::create(store, &passphrase, PassphraseCost::STANDARD, &entropy(), &clock())?;
         let words = recovery.to_words();
         let vault = vault.vault();
-        if let Some(path) = &self.recovery_key_to {
+        if let Some(file) = &mut kept {
             let kit = format!("# Farshore recovery key of the vault {}\n{words}\n", vault.fingerprint());
-            secrets::write_new_secret(path, kit.as_bytes(), "recovery key")?;
+            if let Err(failure) = file.write(kit.as_bytes()) {
+                // The vault is made; this is the only moment at which its key exists.
+                output.line(format!("{kit}\nis the recovery key, which could not be written to its file"))?;
+                return Err(failure);
+            }
         }
         let shown = self.recovery_key_to.is_none().then_some(words.as_str());
         output.object(&json!({

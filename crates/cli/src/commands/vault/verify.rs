@@ -112,11 +112,21 @@ impl Verify {
         }
         if !sound {
             return Err(Failure::new(
-                format!("{} objects are damaged, {} alarms", report.damaged.len(), problems.len()),
+                format!(
+                    "{}, {}",
+                    counted(report.damaged.len(), "damaged or foreign object"),
+                    counted(problems.len(), "alarm")
+                ),
                 "what is named above is not what was once written; other points and disks are not affected",
-                "restore the named objects from another copy of the vault; they may be copied file by file",
+                "restore the named objects from another copy of the vault, file by file; what never was Farshore's may be \
+                 removed, and what a newer version wrote takes a newer farshore",
             ));
         }
         output.line("the vault is sound")
     }
+}
+
+/// `1 alarm`, `2 alarms`.
+fn counted(count: usize, what: &str) -> String {
+    format!("{count} {what}{}", if count == 1 { "" } else { "s" })
 }
