@@ -11,7 +11,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use clap::{Args, Subcommand};
+use clap::{ArgMatches, Args, Command, FromArgMatches, Subcommand};
 use recovery::Keep;
 use replication::ChainId;
 use serde_json::json;
@@ -36,7 +36,33 @@ pub(crate) struct Failover {
     #[command(subcommand)]
     decision: Option<Decision>,
     #[command(flatten)]
-    begin: Option<Begin>,
+    begin: Begun,
+}
+
+/// [`Begin`], unless a subcommand was given. clap leaves the group of options that are themselves flattened empty, so that an
+/// `Option` of them would never be there; the vault, which is required, tells instead.
+#[derive(Debug)]
+struct Begun(Option<Begin>);
+
+impl FromArgMatches for Begun {
+    fn from_arg_matches(matches: &ArgMatches) -> Result<Begun, clap::Error> {
+        matches.contains_id("vault").then(|| Begin::from_arg_matches(matches)).transpose().map(Begun)
+    }
+
+    fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
+        *self = Begun::from_arg_matches(matches)?;
+        Ok(())
+    }
+}
+
+impl Args for Begun {
+    fn augment_args(command: Command) -> Command {
+        Begin::augment_args(command)
+    }
+
+    fn augment_args_for_update(command: Command) -> Command {
+        Begin::augment_args_for_update(command)
+    }
 }
 
 #[derive(Debug, Subcommand)]
@@ -118,7 +144,7 @@ impl Authority {
 
 impl Failover {
     pub(crate) fn run(&self, output: Output) -> Done {
-        match (&self.decision, &self.begin) {
+        match (&self.decision, &self.begin.0) {
             (Some(Decision::Commit(command)), _) => command.run(output, true),
             (Some(Decision::Cancel(command)), _) => command.run(output, false),
             (None, Some(begin)) => begin.run(output),
