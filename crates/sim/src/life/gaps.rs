@@ -37,8 +37,12 @@ const OUTAGE: &[Fault] = &[
     Fault::AnswerLost,
 ];
 /// Another server continues the chain, or the same one without knowing that it was the last: it did not learn that it won
-/// its generation's name, or had not yet noted it durably.
+/// its generation's name, or had not yet noted it durably. After a planned move only the agent can say that nothing is
+/// missing, and one that began anew cannot.
 const TAKEN_OVER: &[Fault] = &[
+    Fault::AgentKilled,
+    Fault::SourcePowerCut,
+    Fault::SourceReverted,
     Fault::SiteLost,
     Fault::MovedByForce,
     Fault::ServerLost,
@@ -48,18 +52,6 @@ const TAKEN_OVER: &[Fault] = &[
     Fault::StoreRefused,
 ];
 
-/// Either side began anew.
-const TAKEN_OVER_OR_RESTARTED: &[Fault] = &[
-    Fault::AgentKilled,
-    Fault::SourcePowerCut,
-    Fault::SourceReverted,
-    Fault::MovedByForce,
-    Fault::ServerLost,
-    Fault::ServerKilled,
-    Fault::ServerPowerCut,
-    Fault::AnswerLost,
-    Fault::StoreRefused,
-];
 /// A failed write is told again on each new link until its heal is committed, as a gap of its own if the first one was
 /// closed already.
 const WRITE_FAILED: &[Fault] = &[
@@ -83,7 +75,7 @@ fn misfortunes_for(cause: &str) -> Option<&'static [Fault]> {
         "the send buffer was full" | "the heal was interrupted" => OUTAGE,
         "a process server took over" | "another process server took over" => TAKEN_OVER,
         // Once more, if nothing is in the vault yet.
-        "initial replication" => TAKEN_OVER_OR_RESTARTED,
+        "initial replication" => TAKEN_OVER,
         // A crash loses nothing that was acknowledged; only the loss of the disk does.
         "the process server's journal was lost" => &[Fault::ServerLost, Fault::MovedByForce],
         "the agent was protecting into another chain" => &[Fault::SiteLost],
