@@ -10,6 +10,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
 
+#[allow(dead_code, reason = "shared with the succession")]
 #[path = "kills/ledger.rs"]
 mod ledger;
 #[path = "kills/points.rs"]

@@ -66,6 +66,7 @@ fn a_lost_server_is_succeeded_without_a_full_resend() {
     std::thread::sleep(Duration::from_millis(1500));
     first.kill();
     fs::remove_dir_all(site.path("server")).unwrap();
+    ledger.forget_durable_marks();
     let second = site.start_server_named("second");
     assert_eq!(site.move_to("second", 5), Some(false), "nobody could commit what the lost server had");
     wait_protected(&site, "agent");

@@ -12,13 +12,19 @@ use crate::branch::Branch;
 pub(crate) struct LentCapture {
     capture: Option<SplitterCapture>,
     branch: Arc<Branch>,
+    /// What the ring held up to here was for an earlier failback.
+    passed: RingPosition,
 }
 
 impl LentCapture {
     /// The branch's capture, unless somebody has it.
     pub(crate) fn borrow(branch: &Arc<Branch>) -> Option<LentCapture> {
-        let capture = branch.capture.lock().unwrap_or_else(PoisonError::into_inner).take()?;
-        Some(LentCapture { capture: Some(capture), branch: Arc::clone(branch) })
+        let mut capture = branch.capture.lock().unwrap_or_else(PoisonError::into_inner).take()?;
+        // An earlier failback may have taken requests from the ring that home did not get any more. Nobody needs them:
+        // this one begins with a comparison of everything.
+        let passed = capture.status().producer;
+        capture.release(passed);
+        Some(LentCapture { capture: Some(capture), branch: Arc::clone(branch), passed })
     }
 
     fn inner(&self) -> &SplitterCapture {
@@ -95,6 +101,11 @@ impl Capture for LentCapture {
 
     fn has_unstreamed(&self, epoch: Epoch) -> bool {
         self.inner().has_unstreamed(epoch)
+    }
+
+    /// Without it a sender would wait for ever for requests that were handed out before its time.
+    fn passed(&self) -> RingPosition {
+        self.passed
     }
 
     fn mark(&mut self, kind: MarkerKind, name: &str) -> bool {

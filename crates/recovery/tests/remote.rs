@@ -141,6 +141,29 @@ fn rules(world: &World) -> HomeRules {
     HomeRules { allowed, own, host: HostView::default() }
 }
 
+#[test]
+fn a_recovery_host_brings_a_machine_home_and_a_newer_link_takes_over() {
+    let world = world();
+    let (branch, orders) = ground(&world);
+    let _runner = BranchRunner::start(Arc::clone(&branch)).unwrap();
+    let notes = world.folder.path().join("mt");
+    let server = Server::start(&world.folder.path().join("server"), Some(target(&notes, rules(&world))));
+    let failback = Failback::start(Arc::clone(&branch), orders.clone(), server.line(), config()).unwrap();
+    wait(&failback, "following", |status| status.phase == Phase::Following);
+    let unfinished = target(&notes, rules(&world)).unfinished().unwrap();
+    assert_eq!(unfinished[0].disks, orders, "the server knows which disks are not usable");
+    // The branch host is lost without a word, and comes again: its old session still holds the disks.
+    drop(failback);
+    let failback = Failback::start(Arc::clone(&branch), orders.clone(), server.line(), config()).unwrap();
+    branch.disk(DISK).unwrap().write_at(2_000_001, &noise(9, 50_000)).unwrap();
+    let done = come_home(&failback);
+    for (order, disk) in orders.iter().zip([DISK, DiskId(1)]) {
+        assert!(std::fs::read(&order.path).unwrap() == contents(&branch, disk), "{disk}");
+    }
+    assert!(target(&notes, rules(&world)).unfinished().unwrap().is_empty());
+    assert!(done.wire_bytes > done.sent_bytes && !done.refused, "{done:?}");
+}
+
 /// What an operator is told when this failback fails.
 #[track_caller]
 fn told(branch: &Arc<Branch>, orders: &[HomeOrder], line: RemoteHome) -> FailbackStatus {

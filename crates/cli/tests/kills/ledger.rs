@@ -103,6 +103,11 @@ impl Ledger {
         locked(&self.marks).push(mark);
     }
 
+    /// The server that had them is lost: only what was announced must still be there.
+    pub(crate) fn forget_durable_marks(&self) {
+        locked(&self.marks).iter_mut().for_each(|mark| mark.durable = false);
+    }
+
     pub(crate) fn marks(&self) -> Vec<Mark> {
         locked(&self.marks).clone()
     }
