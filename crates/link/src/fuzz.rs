@@ -54,7 +54,8 @@ pub fn join_token(data: &[u8]) -> bool {
 
 /// What either side says during a join, raw and under a right checksum.
 pub fn join_message(data: &[u8]) -> bool {
-    [data, &record::reseal(data)].into_iter().fold(false, |valid, bytes| join::survives(bytes) || valid)
+    let [plain, sealed] = [data, &record::reseal(data)].map(join::survives);
+    plain || sealed
 }
 
 /// A PKCS #10 request inside a join request.

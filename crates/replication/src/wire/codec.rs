@@ -672,7 +672,7 @@ mod tests {
 
     #[test]
     fn golden_offer_frame() {
-        let leaves = vec![OfferedLeaf::Hash([9; 16]), OfferedLeaf::Zero, OfferedLeaf::Unknown, OfferedLeaf::Zero];
+        let leaves = [OfferedLeaf::Hash([9; 16]), OfferedLeaf::Zero, OfferedLeaf::Unknown, OfferedLeaf::Zero];
         let leaves = [&leaves[..], &[OfferedLeaf::Hash([8; 16])]].concat();
         let frame = Message::OfferLeaves { heal: HealId(3), offer: 7, leaves }.encode();
         assert_eq!(frame.kind, 19);
