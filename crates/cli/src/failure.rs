@@ -166,6 +166,11 @@ impl From<VaultError> for Failure {
                 "nothing that it writes counts any more",
                 "move its file of keys aside and grant it anew with `farshore vault grant`",
             ),
+            VaultError::NameKeyMissing { .. } => Failure::new(
+                said,
+                "each revocation begins another name key, of which every reader and writer has a sealed copy in keys/",
+                "bring keys/ back from a copy of the vault, or move this writer's file of keys aside and grant it anew",
+            ),
             VaultError::NotPermitted { .. } => Failure::new(
                 said,
                 "each writer was granted for one thing",

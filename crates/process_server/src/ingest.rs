@@ -21,7 +21,7 @@ use replication::wire::{HealContent, Message, OfferHashes, OfferedLeaf};
 use replication::{ByteRange, ChainId, Change, Cut, DiskId, HealId, PointTime, Reach, SequenceNumber, StreamHash};
 
 use crate::journal::thread::Completion;
-use crate::journal::{ChangeReader, JournalError, NoteKind, Record, Replayed};
+use crate::journal::{ChangeReader, JournalError, Manifest, NoteKind, Record, Replayed};
 
 /// Note kind: a gap of the whole machine is open (the note's bytes say where) or closed (no bytes).
 pub const GAP_NOTE: NoteKind = NoteKind(1);
@@ -40,6 +40,12 @@ pub trait ChangeLog: Send + Sync {
     /// Bytes that changes may still take.
     fn free_bytes(&self) -> u64;
 
+    /// Waits until `record` is durable.
+    fn append_durably(&self, record: Record) -> Result<(), Arc<JournalError>>;
+
+    /// The manifest of `chain` that may have been created without anybody's having heard of it.
+    fn intent(&self, chain: ChainId) -> Result<Option<Manifest>, JournalError>;
+
     /// The newest change of `chain` that was ever queued, or is known to be committed or dropped.
     fn last(&self, chain: ChainId) -> Result<SequenceNumber, JournalError>;
 
@@ -52,6 +58,13 @@ pub trait ChangeLog: Send + Sync {
 pub enum ReadBack {
     /// Changes, in order.
     Changes(Vec<Change>),
+    /// The stream's hash behind the change `sequence`, which came before.
+    Hash {
+        /// Which change.
+        sequence: SequenceNumber,
+        /// The hash.
+        hash: StreamHash,
+    },
     /// A gap opened here, or (`None`) was closed.
     Gap(Option<GapNote>),
 }
@@ -60,11 +73,21 @@ pub enum ReadBack {
 pub fn read_back(reader: &ChangeReader, bytes_max: u64) -> Result<Vec<ReadBack>, JournalError> {
     let mut found = Vec::new();
     let mut bytes = 0;
+    let mut last = None;
     let mut first = true;
     reader.visit(|item| {
         let (of_machine, of_ranges) = match item {
+            // Not before the next changes: what belongs to the last ones stands behind them.
+            Replayed::Record(Record::Changes { .. }) if bytes >= bytes_max => return ControlFlow::Break(()),
+            Replayed::Record(Record::StreamHash { sequence, hash, .. }) => {
+                if last == Some(sequence) {
+                    found.push(ReadBack::Hash { sequence, hash });
+                }
+                (None, None)
+            }
             Replayed::Record(Record::Changes { changes, .. }) => {
                 bytes += changes.iter().map(|change| change.kind.data_len() as u64).sum::<u64>();
+                last = changes.last().map(|change| change.sequence);
                 found.push(ReadBack::Changes(changes));
                 (None, None)
             }
@@ -81,7 +104,7 @@ pub fn read_back(reader: &ChangeReader, bytes_max: u64) -> Result<Vec<ReadBack>,
         found.extend(of_machine.and_then(|bytes| GapNote::decode(bytes).ok()).map(ReadBack::Gap));
         let of_ranges = of_ranges.and_then(|bytes| GapNote::decode_list(bytes).ok()).unwrap_or_default();
         found.extend(of_ranges.into_iter().map(|note| ReadBack::Gap(Some(note))));
-        if bytes >= bytes_max { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        ControlFlow::Continue(())
     })?;
     Ok(found)
 }
@@ -89,6 +112,14 @@ pub fn read_back(reader: &ChangeReader, bytes_max: u64) -> Result<Vec<ReadBack>,
 impl ChangeLog for crate::journal::JournalThread {
     fn append(&self, record: Record, done: Completion) -> Result<(), JournalError> {
         crate::journal::JournalThread::append(self, record, done)
+    }
+
+    fn append_durably(&self, record: Record) -> Result<(), Arc<JournalError>> {
+        self.append_and_wait(record).map(drop)
+    }
+
+    fn intent(&self, chain: ChainId) -> Result<Option<Manifest>, JournalError> {
+        Ok(self.changes_of(chain)?.intent())
     }
 
     fn free_bytes(&self) -> u64 {

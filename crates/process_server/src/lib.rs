@@ -4,6 +4,7 @@
 //! A change's way: ingest, [`journal`], seal, upload.
 
 pub mod config;
+mod describe;
 pub mod feedback;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;

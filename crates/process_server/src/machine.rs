@@ -20,6 +20,7 @@ use replication::wire::{Hello, Message, RefusalCode};
 use replication::{ChainId, InstanceId, MachineId, PointTime};
 use world::Entropy;
 
+use crate::describe::Descriptions;
 use crate::feedback::Feedback;
 use crate::ingest::{Ingest, Outcome, Work};
 use crate::journal::ChainState;
@@ -65,6 +66,8 @@ struct State {
     inbox_bytes: u64,
     live: Option<Live>,
     greeting: Option<GreetingWish>,
+    /// What the agent said of its machine, to be kept.
+    description: Option<String>,
     /// The pipeline has ended for this reason; a new machine entry must be made.
     ended: Option<String>,
     stopping: bool,
@@ -169,6 +172,7 @@ impl Machine {
                     inbox_bytes: 0,
                     live: None,
                     greeting: None,
+                    description: None,
                     ended: None,
                     stopping: false,
                     status: MachineStatus::default(),
@@ -363,10 +367,14 @@ impl Machine {
                 None => return "a newer link took this one's place".into(),
             }
             let outcome = match message {
+                Some(Message::Describe { document }) => {
+                    state.description = Some(document);
+                    state.ingest.poll()
+                }
                 Some(message) => state.ingest.message(message, self.shared.wall()),
                 None => state.ingest.poll(),
             };
-            let has_work = !outcome.work.is_empty();
+            let has_work = !outcome.work.is_empty() || state.description.is_some();
             let disconnect = state.carry_out(outcome);
             drop(state);
             if has_work {
@@ -412,6 +420,7 @@ fn run_pipeline(
     };
     pipeline.wake_with(waker(Arc::downgrade(shared)));
     let mut patience = None;
+    let mut descriptions = Descriptions::default();
     loop {
         let (work, stopping) = next_work(shared, &pipeline);
         let mut events = Vec::new();
@@ -428,6 +437,13 @@ fn run_pipeline(
             Err(error) => return Some(chain_of_errors(&error)),
         }
         deliver(shared, events);
+        let description = shared.lock().description.take();
+        if let Some(document) = description
+            && let Err(error) = descriptions.keep(&shared.services, shared.machine, document)
+        {
+            // Said again with the next session; nothing depends on it before a recovery.
+            tracing::warn!(machine = %shared.machine, %error, "the machine's description was not kept");
+        }
         if let Some(hello) = greeting_due(shared, &pipeline) {
             match pipeline.followed() {
                 Ok(chain) if chain == pipeline.chain() => {}

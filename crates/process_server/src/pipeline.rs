@@ -125,6 +125,15 @@ pub enum PipelineError {
         /// The last change before the hole.
         after: SequenceNumber,
     },
+    /// The journal does not take the number of the manifest that is to open a generation.
+    #[error("the journal does not take what is about to be committed to chain {chain}")]
+    Intent {
+        /// The chain.
+        chain: ChainId,
+        /// Why.
+        #[source]
+        source: Arc<JournalError>,
+    },
     /// The vault does not take what is given; retrying will not help.
     #[error("chain {chain} cannot be written")]
     Vault {
@@ -163,6 +172,8 @@ pub struct Pipeline {
     known_gaps: Vec<(SequenceNumber, PointTime, GapScope)>,
     /// Newest journaled change and the stream's hash there, if it is known.
     stream: Option<(SequenceNumber, replication::StreamHash)>,
+    /// Newest position in the vault at which the stream's hash is known, and the hash: what a sender can compare.
+    past: Option<(SequenceNumber, replication::StreamHash)>,
     proven: PointTime,
     skew_ns: i64,
     proof_committed_at: Monotonic,
@@ -223,6 +234,8 @@ impl Pipeline {
             Work::Changes { changes, hash } => {
                 self.stream = changes.last().map(|change| (change.sequence, hash));
                 self.take_changes(changes);
+                // What did not fit is marked when it is read back.
+                self.pending.marks.extend(self.stream.filter(|_| self.loaded == self.journaled));
             }
             Work::Cut(cut) => {
                 self.pending.cuts.push(cut);
@@ -318,6 +331,9 @@ impl Pipeline {
             for item in items {
                 match item {
                     ReadBack::Changes(changes) => self.load(changes),
+                    ReadBack::Hash { sequence, hash } => {
+                        self.pending.marks.extend((sequence == self.loaded).then_some((sequence, hash)));
+                    }
                     // A gap whose opening is in the vault is as open as the vault says, and one that lies before what is
                     // committed would have been committed with it: its note belongs to a session that was replaced.
                     ReadBack::Gap(Some(GapNote { at, reach, time, cause }))

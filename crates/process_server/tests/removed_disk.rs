@@ -1,4 +1,4 @@
-//! A disk that is no longer protected stays in the vault as it was, and later points say so.
+//! A disk that is no longer protected stays in the vault for the points that had it; later points do not have it.
 
 use std::fs;
 use std::num::NonZeroUsize;
@@ -9,10 +9,10 @@ use process_server::journal::{HostKey, Journal, JournalConfig, JournalThread, Qu
 use process_server::pipeline::{Greeted, Pace, Pipeline, Services};
 use replication::wire::{HealNeed, Hello, PROTOCOL_VERSION};
 use replication::{
-    ChainId, DiskGeometry, DiskId, DiskIdentity, InstanceId, MachineId, PointTime, Ranges, SequenceNumber, SourceTime,
+    ByteRange, DiskGeometry, DiskId, DiskIdentity, InstanceId, MachineId, PointTime, Ranges, SequenceNumber, SourceTime,
 };
 use vault::keys::{PassphraseCost, WriterRole, WriterSession};
-use vault::manifest::{Gap, GapScope};
+use vault::manifest::GapScope;
 use vault::pack::load_dedup;
 use vault::view_source::{CacheBytes, FrameSource};
 use vault::{ChainHistory, FolderStore, OpenKeys, Store, UnlockedVault, Vault};
@@ -43,6 +43,7 @@ fn hello(instance: u8, disks: &[u16]) -> Hello {
         now: SourceTime(0),
         started: PointTime(1),
         lacking: Ranges::default(),
+        followed: None,
     }
 }
 
@@ -89,7 +90,7 @@ impl Place {
     }
 
     /// Greets a sender, and has everything that follows from it committed.
-    fn greet(&mut self, hello: &Hello) -> Vec<Gap> {
+    fn greet(&mut self, hello: &Hello) -> ChainHistory {
         for round in 0.. {
             assert!(round < 5000, "never accepted");
             self.pipeline.step().expect("works");
@@ -107,23 +108,52 @@ impl Place {
             self.pipeline.step().expect("works");
             std::thread::sleep(Duration::from_millis(1));
         }
-        let history = ChainHistory::load(self.unlocked.store(), self.unlocked.keys(), self.chain()).expect("readable");
-        history.gaps().into_iter().filter(|gap| gap.scope != GapScope::Machine).collect()
-    }
-
-    fn chain(&self) -> ChainId {
-        self.pipeline.chain()
+        ChainHistory::load(self.unlocked.store(), self.unlocked.keys(), self.pipeline.chain()).expect("readable")
     }
 }
 
+/// Numbers of the disks at a position.
+fn disks_at(history: &ChainHistory, position: SequenceNumber) -> Vec<u16> {
+    history.geometry_at(position).iter().map(|known| known.disk.0).collect()
+}
+
+/// The newest removal, and where it is.
+fn removal(history: &ChainHistory) -> Option<(u16, SequenceNumber)> {
+    let changes = history.geometries();
+    let removal = changes.iter().rfind(|change| change.geometry.is_removal())?;
+    Some((removal.geometry.disk.0, removal.sequence))
+}
+
+const END: SequenceNumber = SequenceNumber(u64::MAX);
+
 #[test]
-fn a_removed_disk_is_labelled_once_until_it_comes_back() {
+fn points_behind_a_removal_do_not_have_the_disk_and_those_before_do() {
     let mut place = Place::new();
-    assert_eq!(place.greet(&hello(1, &[0, 1])), []);
-    let gaps = place.greet(&hello(2, &[0]));
-    assert_eq!(gaps.len(), 1, "{gaps:?}");
-    assert_eq!(gaps[0].scope, GapScope::Disks(vec![DiskId(1)]));
-    assert!(gaps[0].cause.contains("no longer protected"), "{gaps:?}");
-    assert!(gaps[0].hides(SequenceNumber(gaps[0].after.0 + 1)), "points from here on say so");
-    assert_eq!(place.greet(&hello(3, &[0])), gaps, "nothing is said twice");
+    let history = place.greet(&hello(1, &[0, 1]));
+    assert_eq!((disks_at(&history, END), removal(&history)), (vec![0, 1], None));
+
+    let history = place.greet(&hello(2, &[0]));
+    let (disk, position) = removal(&history).expect("it is recorded");
+    assert_eq!((disk, disks_at(&history, END)), (1, vec![0]));
+    assert_eq!(disks_at(&history, position), [0, 1], "the point at that position was made before");
+    assert_eq!(disks_at(&history, position.next()), [0]);
+    assert!(history.gaps().iter().all(|gap| gap.scope == GapScope::Machine), "nothing is lacking: {:?}", history.gaps());
+
+    let again = place.greet(&hello(3, &[0]));
+    assert_eq!(again.geometries(), history.geometries(), "nothing is said twice");
+
+    // It comes back: from there on points have it again, and what they say of the time between stays true.
+    let history = place.greet(&hello(4, &[0, 1]));
+    assert_eq!(disks_at(&history, END), [0, 1]);
+    assert_eq!((disks_at(&history, position), disks_at(&history, position.next())), (vec![0, 1], vec![0]));
+}
+
+#[test]
+fn a_sender_that_goes_on_must_know_that_a_new_disk_is_lacking() {
+    let mut place = Place::new();
+    place.greet(&hello(1, &[0]));
+    let unknown = place.pipeline.lacking_of(&hello(2, &[0, 1]).disks);
+    assert_eq!(unknown, Ranges::of([(DiskId(1), ByteRange::new(0, 1 << 20))]));
+    place.greet(&hello(2, &[0, 1]));
+    assert!(place.pipeline.lacking_of(&hello(3, &[0, 1]).disks).is_empty());
 }

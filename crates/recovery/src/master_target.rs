@@ -6,7 +6,11 @@
 //!
 //! A kill at any moment leaves a disk that is half one state and half another, and a durable note that says so. The next
 //! session compares the whole disk again; only what differs travels.
+//!
+//! What the comparison read is remembered as a sum of hashes ([`home_proof`](crate::home_proof)). Leaves that were written
+//! are read once more in the gaps of the stream, from the medium; the proof reads what is left.
 
+mod known;
 mod visit;
 
 use std::collections::BTreeMap;
@@ -16,20 +20,20 @@ use std::time::Duration;
 
 use link::{FrameLink, LinkError};
 use replication::cut::{CutPlanner, PointTime};
-use replication::geometry::{ByteRange, LEAF_BYTES};
-use replication::offers::{differs, granule_differs, granule_leaves};
+use replication::geometry::ByteRange;
 use replication::receiver::{self, Action, Event, Greeting, Receiver, Remembered, SessionStart};
-use replication::wire::{HealContent, HealNeed, Hello, Message, OfferHashes, OfferedLeaf, RefusalCode};
+use replication::wire::{HealContent, HealNeed, Hello, Message, OfferHashes, RefusalCode};
 use replication::{
-    ChainId, Change, ChangeKind, DiskId, Generation, HealId, LeafHash, LeafKey, MachineId, PlainLeafHash, Ranges,
-    SequenceNumber, StreamHash,
+    ChainId, Change, ChangeKind, DiskId, Generation, HealId, LeafHash, LeafKey, MachineId, Ranges, SequenceNumber,
+    StreamHash,
 };
 use serde::{Deserialize, Serialize};
-use world::{BlockDevice, BlockError, Clock, Entropy, ExtentKind, Files, durable};
+use world::{BlockError, Clock, Entropy, Files, durable};
 
 use self::visit::Order;
 pub use self::visit::{HomeVisit, Visit};
 use crate::home_disk::{HomeDisk, HomeDisks, HomeOrder, Refusal};
+use crate::home_proof::{Established, Terms};
 use crate::limits;
 use crate::seats::Seats;
 use crate::shield::Shield;
@@ -176,6 +180,18 @@ struct Healing {
     told_bytes: u64,
 }
 
+/// The vault's leaf key, and what it makes of leaves for the proof.
+struct Key {
+    leaf: LeafKey,
+    terms: Terms,
+}
+
+/// Leaves that were read for an offer, and will be asked about.
+struct Kept {
+    disk: DiskId,
+    leaves: Vec<(u64, Option<LeafHash>)>,
+}
+
 /// One session: the pure receiver and the disks that it decides about. No threads, no links.
 struct HomeSession {
     machine: MachineId,
@@ -189,9 +205,13 @@ struct HomeSession {
     /// A heal began and has not ended: what the stream writes is remembered.
     shielding: bool,
     healing: Option<Healing>,
-    key: Option<LeafKey>,
+    key: Option<Key>,
     /// What the disk held of the granules that were wanted of an offer, until their leaves are offered.
-    kept: BTreeMap<u32, Vec<Option<LeafHash>>>,
+    kept: BTreeMap<u32, Kept>,
+    /// What is known of the disks.
+    established: BTreeMap<DiskId, Established>,
+    /// Where the next part that a comparison wrote to is looked for, to be read once more.
+    sweep: Option<(DiskId, usize)>,
     /// Newest change written.
     written: SequenceNumber,
     /// Newest change synced.
@@ -208,10 +228,13 @@ impl HomeSession {
         disks: BTreeMap<DiskId, Arc<HomeDisk>>,
         clock: Arc<dyn Clock>,
     ) -> HomeSession {
+        let established = disks.iter().map(|(disk, home)| (*disk, Established::new(home.order().size_bytes))).collect();
         HomeSession {
             machine,
             chain,
             disks,
+            established,
+            sweep: None,
             clock,
             receiver: None,
             out: Vec::new(),
@@ -248,6 +271,7 @@ impl HomeSession {
             chain: self.chain,
             stream: None,
             committed: SequenceNumber(0),
+            past: None,
             incomplete: true,
             lacking: Ranges::default(),
             last_boot: None,
@@ -271,6 +295,7 @@ impl HomeSession {
             journaled: SequenceNumber(0),
             hash: StreamHash::default(),
             committed: SequenceNumber(0),
+            past: None,
             last_point: PointTime(0),
             planner: CutPlanner::default(),
             continues: false,
@@ -310,8 +335,8 @@ impl HomeSession {
                 }
             }
             Action::HealBegin { heal, hashes, .. } => match hashes {
-                OfferHashes::Keyed(key) => {
-                    self.key = Some(key);
+                OfferHashes::Keyed(leaf) => {
+                    self.key = Some(Key { terms: Terms::new(&leaf), leaf });
                     self.kept.clear();
                     self.healing = Some(Healing { heal, processed_bytes: 0, told_bytes: 0 });
                 }
@@ -335,6 +360,7 @@ impl HomeSession {
                 self.shielding = false;
                 self.shields.values_mut().for_each(Shield::clear);
                 self.ended = Some(heal);
+                self.sweep = self.disks.keys().next().map(|disk| (*disk, 0));
             }
             Action::HealAborted { cause, .. } => {
                 tracing::info!(cause, "the comparison starts again");
@@ -347,9 +373,8 @@ impl HomeSession {
         Ok(())
     }
 
-    fn disk(&self, disk: DiskId) -> Result<&HomeDisk, HomeError> {
-        let found = self.disks.get(&disk).map(|disk| &**disk);
-        found.ok_or_else(|| HomeError::Protocol(format!("{disk} was not ordered")))
+    fn disk(&self, disk: DiskId) -> Result<&Arc<HomeDisk>, HomeError> {
+        self.disks.get(&disk).ok_or_else(|| HomeError::Protocol(format!("{disk} was not ordered")))
     }
 
     fn write_change(&mut self, change: &Change) -> Result<(), HomeError> {
@@ -362,7 +387,8 @@ impl HomeSession {
             return Ok(());
         }
         let Some(range) = change.kind.range() else { return Ok(()) };
-        let home = self.disk(change.disk)?;
+        let home = &Arc::clone(self.disk(change.disk)?);
+        self.forget(home, range);
         let device = home.device();
         let done = match &change.kind {
             ChangeKind::Write { data, .. } => device.write_at(range.start, data),
@@ -385,58 +411,6 @@ impl HomeSession {
         Ok(())
     }
 
-    fn compare(&self, disk: DiskId, start: u64, leaves: &[OfferedLeaf]) -> Result<Vec<bool>, HomeError> {
-        let home = self.disk(disk)?;
-        let Some(key) = &self.key else { return Err(HomeError::Protocol("an offer came without a key".into())) };
-        let end = (start + leaves.len() as u64 * LEAF_BYTES).min(home.order().size_bytes);
-        let Some(range) = ByteRange::between(start, end) else { return Ok(vec![true; leaves.len()]) };
-        let hashes = leaf_hashes(home.device(), range, key).map_err(|source| failed(home, source))?;
-        let zero = key.zero_leaf();
-        Ok(leaves.iter().zip(hashes).map(|(leaf, hash)| differs(*leaf, zero, hash)).collect())
-    }
-
-    /// Reads and hashes the range once; what may be asked about by leaf is kept.
-    fn compare_granules(
-        &mut self,
-        offer: u32,
-        disk: DiskId,
-        (start, leaves): (u64, u64),
-        granules: &[OfferedLeaf],
-    ) -> Result<Vec<bool>, HomeError> {
-        let home = self.disk(disk)?;
-        let Some(key) = &self.key else { return Err(HomeError::Protocol("an offer came without a key".into())) };
-        let end = (start + leaves * LEAF_BYTES).min(home.order().size_bytes);
-        let Some(range) = ByteRange::between(start, end) else {
-            return Err(HomeError::Protocol(format!("an offer lies beyond {disk}")));
-        };
-        let hashes = leaf_hashes(home.device(), range, key).map_err(|source| failed(home, source))?;
-        let zero = key.zero_leaf();
-        let mut rest = &hashes[..];
-        let mut kept = Vec::new();
-        let wanted = granule_leaves(start, leaves).zip(granules).map(|(count, granule)| {
-            let (held, after) = rest.split_at(count.min(rest.len()));
-            rest = after;
-            let differs = granule_differs(key, zero, *granule, held);
-            if differs {
-                kept.extend_from_slice(held);
-            }
-            differs
-        });
-        let wanted = wanted.collect();
-        if !kept.is_empty() {
-            self.kept.insert(offer, kept);
-        }
-        Ok(wanted)
-    }
-
-    fn compare_leaves(&mut self, offer: u32, leaves: &[OfferedLeaf]) -> Result<Vec<bool>, HomeError> {
-        let (Some(held), Some(key)) = (self.kept.remove(&offer), &self.key) else {
-            return Err(HomeError::Protocol("leaves were offered before their granules".into()));
-        };
-        let zero = key.zero_leaf();
-        Ok(leaves.iter().zip(held).map(|(leaf, held)| differs(*leaf, zero, held)).collect())
-    }
-
     fn heal_data(
         &mut self,
         heal: HealId,
@@ -448,8 +422,11 @@ impl HomeSession {
             Some(shield) => shield.outside(range),
             None => vec![range],
         };
-        let home = self.disk(disk)?;
+        let home = &Arc::clone(self.disk(disk)?);
         for part in parts {
+            if !matches!(content, HealContent::Unreadable) {
+                self.forget(home, part);
+            }
             let done = match &content {
                 HealContent::Data(bytes) => home.device().write_at(part.start, &bytes[part.within(range.start)]),
                 HealContent::Zero => home.device().write_zeroes(part.start..part.end()),
@@ -497,63 +474,8 @@ impl HomeSession {
         Ok(())
     }
 
-    fn prove(&mut self, disk: DiskId, start: u64, len: u64) -> Result<Option<String>, HomeError> {
-        self.sync()?;
-        let home = self.disk(disk)?;
-        let Some(key) = &self.key else {
-            return Err(HomeError::Protocol("a proof was asked for without a key".into()));
-        };
-        let end = start.saturating_add(len).min(home.order().size_bytes);
-        if len > limits::PROOF_RANGE_BYTES || !start.is_multiple_of(LEAF_BYTES) {
-            return Err(HomeError::Protocol("a proof's range is malformed".into()));
-        }
-        let Some(range) = ByteRange::between(start, end) else { return Ok(None) };
-        let hashes = leaf_hashes(home.medium(), range, key).map_err(|source| failed(home, source))?;
-        Ok(digest_of(hashes.into_iter()))
-    }
-}
-
-/// BLAKE3 over leaf hashes, in hexadecimal digits; `None` if one is missing.
-pub(crate) fn digest_of(hashes: impl Iterator<Item = Option<LeafHash>>) -> Option<String> {
-    let mut hasher = blake3::Hasher::new();
-    for hash in hashes {
-        hasher.update(&hash?.0);
-    }
-    Some(hasher.finalize().to_hex().to_string())
 }
 
 fn failed(home: &HomeDisk, source: BlockError) -> HomeError {
     HomeError::Disk { path: home.order().path.display().to_string(), source }
-}
-
-/// Bytes read from the home disk at once.
-const READ_BYTES: u64 = 1 << 20;
-
-/// The keyed hash of each leaf of `range` as the device holds it; `None` where it cannot be read. Holes are not read.
-fn leaf_hashes(device: &dyn BlockDevice, range: ByteRange, key: &LeafKey) -> Result<Vec<Option<LeafHash>>, BlockError> {
-    let zero = key.zero_leaf();
-    let mut hashes = Vec::with_capacity((range.len / LEAF_BYTES) as usize + 1);
-    let mut buffer = vec![0; READ_BYTES.min(range.len) as usize];
-    for piece in range.split_at_multiples(READ_BYTES) {
-        let extents = device.extents(piece.start..piece.end())?;
-        if extents.iter().all(|extent| extent.kind != ExtentKind::Data) {
-            hashes.extend((0..piece.len.div_ceil(LEAF_BYTES)).map(|_| Some(zero)));
-            continue;
-        }
-        let bytes = &mut buffer[..piece.len as usize];
-        match device.read_at(piece.start, bytes) {
-            Ok(()) => {
-                hashes.extend(bytes.chunks(LEAF_BYTES as usize).map(|leaf| Some(key.leaf(PlainLeafHash::of(leaf)))))
-            }
-            Err(BlockError::Unreadable { .. }) => {
-                for leaf in piece.split_at_multiples(LEAF_BYTES) {
-                    let bytes = &mut bytes[leaf.within(piece.start)];
-                    let hash = device.read_at(leaf.start, bytes).ok().map(|()| key.leaf(PlainLeafHash::of(bytes)));
-                    hashes.push(hash);
-                }
-            }
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(hashes)
 }

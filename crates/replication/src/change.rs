@@ -22,6 +22,42 @@ pub enum MarkerKind {
     Application,
     /// The last position of a source that was quiesced, flushed, and had nothing in flight.
     Final,
+    /// An application-consistent point was asked for and parts of it failed: crash-consistent.
+    Attempted {
+        /// Which parts, and why.
+        failed: String,
+    },
+}
+
+impl MarkerKind {
+    /// Whether applications and file systems were at rest.
+    pub fn is_at_rest(&self) -> bool {
+        matches!(self, MarkerKind::Application | MarkerKind::Final)
+    }
+
+    /// Appends it: a byte, and the text that belongs to it.
+    pub fn encode(&self, out: &mut Encoder) {
+        match self {
+            MarkerKind::Crash => out.u8(0),
+            MarkerKind::Application => out.u8(1),
+            MarkerKind::Final => out.u8(2),
+            MarkerKind::Attempted { failed } => out.u8(3).text(failed),
+        };
+    }
+
+    /// Reads what [`MarkerKind::encode`] wrote.
+    ///
+    /// # Errors
+    /// It is none, or its text is too long.
+    pub fn decode(input: &mut Decoder) -> Result<MarkerKind, DecodeError> {
+        Ok(match input.u8("marker kind")? {
+            0 => MarkerKind::Crash,
+            1 => MarkerKind::Application,
+            2 => MarkerKind::Final,
+            3 => MarkerKind::Attempted { failed: input.text("what failed", limits::REASON_BYTES_MAX)? },
+            value => return Err(DecodeError::Undefined { field: "marker kind", value: value.into() }),
+        })
+    }
 }
 
 /// What happened.
@@ -131,11 +167,7 @@ impl Change {
             }
             ChangeKind::Zero { range } | ChangeKind::Discard { range } => range.encode(out),
             ChangeKind::Marker { kind, name } => {
-                out.u8(match kind {
-                    MarkerKind::Crash => 0,
-                    MarkerKind::Application => 1,
-                    MarkerKind::Final => 2,
-                });
+                kind.encode(out);
                 out.text(name);
             }
             ChangeKind::Geometry(geometry) => geometry.encode(out),
@@ -159,12 +191,7 @@ impl Change {
             ZERO => ChangeKind::Zero { range: ByteRange::decode(input, limits::CHANGE_RANGE_BYTES_MAX)? },
             DISCARD => ChangeKind::Discard { range: ByteRange::decode(input, limits::CHANGE_RANGE_BYTES_MAX)? },
             MARKER => ChangeKind::Marker {
-                kind: match input.u8("marker kind")? {
-                    0 => MarkerKind::Crash,
-                    1 => MarkerKind::Application,
-                    2 => MarkerKind::Final,
-                    value => return Err(DecodeError::Undefined { field: "marker kind", value: value.into() }),
-                },
+                kind: MarkerKind::decode(input)?,
                 name: input.text("marker name", limits::NAME_BYTES_MAX)?,
             },
             GEOMETRY => ChangeKind::Geometry(DiskGeometry::decode(input)?),

@@ -1,10 +1,18 @@
-//! Fuzz targets of this crate: bytes that a peer may send. Compiled for tests and fuzzers only; see `fuzz/README.md`.
+//! Fuzz targets of this crate: bytes that a peer may send, and scripts of events for the state machines. Compiled for tests
+//! and fuzzers only; see `fuzz/README.md`.
+
+mod receiver_events;
+mod script;
+mod sender_events;
 
 use bytes::Bytes;
 
 use crate::codec::Decoder;
 use crate::wire::Message;
 use crate::{ByteRange, Change};
+
+pub use receiver_events::receiver_events;
+pub use sender_events::sender_events;
 
 /// `kind ‖ body` of a message: what is understood is encoded to something that is understood the same.
 pub fn wire_message(data: &[u8]) -> bool {
@@ -108,6 +116,7 @@ mod tests {
             now: SourceTime(77),
             started: PointTime(5),
             lacking: lacking.clone(),
+            followed: Some(chain),
         };
         let welcome = Welcome {
             version: PROTOCOL_VERSION,
@@ -120,6 +129,7 @@ mod tests {
             need: HealNeed::Whole,
             base_empty: false,
             window_bytes: 16 << 20,
+            past: Some((sequence, hash)),
         };
         let hashes = OfferHashes::Keyed(LeafKey::new([7; 32]));
         let leaves = vec![OfferedLeaf::Zero, OfferedLeaf::Hash([8; 16]), OfferedLeaf::Unknown, OfferedLeaf::Unreadable];
@@ -151,6 +161,42 @@ mod tests {
             ("heal-restart", Message::HealRestart { heal, reason: "busy".into() }),
             ("bye", Message::Bye { reason: "stopped".into() }),
         ]
+    }
+
+    /// What a first replication makes the sender's owner do, then writes, a new link, an overflow and what follows it.
+    #[test]
+    fn events_of_senders() {
+        let welcome = |flags: u8| vec![0, 2, flags, 0, 0, 0xff, 0xff];
+        let heal =
+            vec![23, 0, 23, 14, 1, 16, 23, 14, 0, 3, 14, 0, 5, 23, 18, 0, 0xff, 0xff, 18, 0, 0x55, 0x55, 23, 19, 0];
+        let stream = vec![6, 0x42, 1, 3, 9, 8, 8, 0x10, 2, 2, 10, 0, 23, 4, 0, 0, 0xff, 0xff, 12, 9, 9, 0, 23];
+        let committed = vec![20, 12, 0xff, 0xff, 0, 23, 0, 4, 0, 0, 0xff, 0xff, 14, 1];
+        let first = [&[0][..], &welcome(0x40), &heal, &committed, &stream].concat();
+        let again = [&first[..], &[1], &welcome(1), &[23], &stream, &[10, 1, 9], &heal, &committed].concat();
+        let keyed = [&[0x81][..], &welcome(0x40), &heal, &[10, 6, 9, 23], &heal, &welcome(0x41), &heal].concat();
+        let held = [&[2][..], &welcome(0x50), &heal, &[22, 1, 23, 22, 0, 23], &stream, &[1, 0, 21, 0, 23]].concat();
+        let seeds = [("first", first), ("again", again), ("keyed", keyed), ("held", held)];
+        replay::replay("sender_events", sender_events, &seeds);
+    }
+
+    /// Requests and what makes them durable, a break and its heal, a heal of ranges.
+    #[test]
+    fn events_of_receivers() {
+        let begin = [1, 5, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0];
+        let renewed = [1, 5, 1, 0, 1, 0, 0, 0, 0, 0];
+        let write = [0, 1, 0, 3, 0, 1, 2, 0, 5, 0, 0, 0, 4, 0, 9, 1, 9, 9, 0, 0, 0, 7];
+        let durable = [17, 0, 18, 0, 5, 0, 0, 0, 1, 1];
+        let start = [0, 0, 0, 1, 0, 7, 0, 0, 0, 1];
+        let machine = [7, 0, 1, 0, 0, 8, 0, 0, 0, 1, 0, 0];
+        let ranges = [7, 0, 0, 0, 8, 1, 0, 9, 1, 0, 0, 8, 1, 0, 0, 0, 0, 8, 1, 0, 9, 1, 0, 0];
+        let data = [10, 0, 1, 0, 0, 3, 0, 9, 0, 0, 13, 0, 0, 0, 9, 4, 0, 0, 0, 20, 14, 0, 0, 0, 0, 21];
+        let granules = [11, 0, 1, 0, 0, 0, 0, 32, 0, 0, 0, 19, 1, 1, 12, 0, 0, 0, 0];
+        let stream = [&begin[..], &write, &durable, &write].concat();
+        let broken = [&begin[..], &write, &start, &machine, &data, &granules, &write, &durable].concat();
+        let partial = [&begin[..], &start, &ranges, &data, &write, &durable].concat();
+        let fresh = [&renewed[..], &start, &machine, &granules, &data, &write, &durable].concat();
+        let seeds = [("stream", stream), ("broken", broken), ("partial", partial), ("fresh", fresh)];
+        replay::replay("receiver_events", receiver_events, &seeds);
     }
 
     #[test]

@@ -130,6 +130,17 @@ pub struct DiskGeometry {
 }
 
 impl DiskGeometry {
+    /// Whether this says that the disk is not protected any more: it has no bytes.
+    pub fn is_removal(&self) -> bool {
+        self.size_bytes == 0
+    }
+
+    /// What says that this disk is not protected any more.
+    #[must_use]
+    pub fn into_removal(self) -> DiskGeometry {
+        DiskGeometry { size_bytes: 0, ..self }
+    }
+
     /// The whole disk as a range; `None` for a disk of size zero.
     pub fn range(&self) -> Option<ByteRange> {
         ByteRange::between(0, self.size_bytes)

@@ -67,8 +67,9 @@ pub(crate) struct HealRun {
     planned: VecDeque<(DiskId, ByteRange)>,
     /// Where planned ranges begin within the leaf that begins here.
     ragged: BTreeMap<(DiskId, u64), u64>,
-    reading: usize,
-    fetching: usize,
+    /// Asked of the owner and not answered yet. What an earlier heal asked for may be answered late, and is nothing to this.
+    reading: Vec<(DiskId, ByteRange)>,
+    fetching: Vec<(DiskId, ByteRange)>,
     /// Wanted ranges of which only the hashes were known, not yet asked for.
     fetches: VecDeque<(DiskId, ByteRange)>,
     offered: BTreeMap<u32, Chunk>,
@@ -104,8 +105,8 @@ impl HealRun {
             chunk_bytes,
             planned,
             ragged: BTreeMap::new(),
-            reading: 0,
-            fetching: 0,
+            reading: Vec::new(),
+            fetching: Vec::new(),
             fetches: VecDeque::new(),
             offered: BTreeMap::new(),
             next_offer: 0,
@@ -142,21 +143,22 @@ impl HealRun {
             steps.push(HealStep::Send(message));
         }
         if self.ready.is_empty() {
-            while self.fetching < CHUNKS_IN_FLIGHT_MAX
+            while self.fetching.len() < CHUNKS_IN_FLIGHT_MAX
                 && let Some((disk, range)) = self.fetches.pop_front()
             {
-                self.fetching += 1;
+                self.fetching.push((disk, range));
                 steps.push(HealStep::Fetch { disk, range });
             }
             while self.fetches.is_empty()
-                && self.reading + self.fetching + self.offered.len() < CHUNKS_IN_FLIGHT_MAX
+                && self.reading.len() + self.fetching.len() + self.offered.len() < CHUNKS_IN_FLIGHT_MAX
                 && let Some((disk, range)) = self.next_chunk()
             {
-                self.reading += 1;
+                self.reading.push((disk, range));
                 steps.push(HealStep::Read { disk, range, hash: !self.base_empty });
             }
         }
-        let waiting = self.reading + self.fetching + self.fetches.len() + self.offered.len() + self.ready.len();
+        let asked = self.reading.len() + self.fetching.len();
+        let waiting = asked + self.fetches.len() + self.offered.len() + self.ready.len();
         if waiting == 0 && self.planned.is_empty() {
             steps.push(HealStep::Finished);
         }
@@ -179,7 +181,9 @@ impl HealRun {
 
     pub(crate) fn read(&mut self, disk: DiskId, range: ByteRange, leaves: Vec<OfferedLeaf>, data: Option<Bytes>) {
         debug_assert_eq!(leaves.len() as u64, range.len.div_ceil(LEAF_BYTES), "one entry a leaf");
-        self.reading -= 1;
+        if !answers(&mut self.reading, (disk, range)) {
+            return;
+        }
         self.progress.compared_bytes += range.len;
         let verdict = if self.names.is_some() { Verdict::Granules } else { Verdict::AllLeaves };
         let chunk = Chunk { disk, range, leaves, data, verdict };
@@ -243,7 +247,9 @@ impl HealRun {
     }
 
     pub(crate) fn fetched(&mut self, disk: DiskId, range: ByteRange, data: Option<Bytes>) {
-        self.fetching -= 1;
+        if !answers(&mut self.fetching, (disk, range)) {
+            return;
+        }
         let content = data.map_or(HealContent::Unreadable, HealContent::Data);
         self.ready.push_back(Message::HealData { heal: self.heal, disk, range, content });
     }
@@ -295,6 +301,12 @@ impl HealRun {
             }
         }
     }
+}
+
+/// Takes a question off the list; whether it was asked.
+fn answers(asked: &mut Vec<(DiskId, ByteRange)>, answer: (DiskId, ByteRange)) -> bool {
+    let found = asked.iter().position(|question| *question == answer);
+    found.map(|index| asked.swap_remove(index)).is_some()
 }
 
 #[cfg(test)]

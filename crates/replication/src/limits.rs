@@ -28,5 +28,10 @@ pub const OFFERS_IN_FLIGHT_MAX: usize = 32;
 pub const HEAL_BYTES_IN_FLIGHT_MAX: u64 = 32 << 20;
 /// Most ranges that one break or one heal of ranges names; more are joined.
 pub const BREAK_RANGES_MAX: usize = 32;
+/// Longest description of a machine's hardware, in bytes.
+pub const DESCRIPTION_BYTES_MAX: usize = 256 << 10;
+/// Most positions behind *committed* of which a sender remembers the stream's hash; the oldest are forgotten first, but for
+/// the newest committed one. A minute of small writes.
+pub const MARKS_MAX: usize = 8192;
 /// Longest text that explains a gap, a refusal or a defect, in bytes.
 pub const REASON_BYTES_MAX: usize = 1024;

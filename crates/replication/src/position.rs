@@ -112,6 +112,11 @@ impl SequenceNumber {
         Generation((self.0 >> SequenceNumber::COUNTER_BITS) as u32)
     }
 
+    /// Whether a generation that goes on from here has room for more changes than can ever come.
+    pub(crate) fn has_room(self) -> bool {
+        self.0 >> (SequenceNumber::COUNTER_BITS - 1) & 1 == 0
+    }
+
     /// The number of the next change of the same generation.
     pub fn next(self) -> SequenceNumber {
         let next = SequenceNumber(self.0 + 1);

@@ -28,6 +28,8 @@ pub struct Remembered {
     pub stream: Option<(SequenceNumber, StreamHash)>,
     /// Newest position in the vault (or durable on the home disk).
     pub committed: SequenceNumber,
+    /// Newest position in the vault at which the stream's hash is known, and the hash.
+    pub past: Option<(SequenceNumber, StreamHash)>,
     /// A gap of the whole machine is open, or the disks were never complete.
     pub incomplete: bool,
     /// The ranges of all other open gaps.
@@ -106,6 +108,14 @@ pub fn greet(hello: &Hello, known: &Remembered) -> Greeting {
     if resume.chain != known.chain {
         return renew(HealNeed::Whole, "the agent was protecting into another chain");
     }
+    if known.committed > resume.sent {
+        return renew(HealNeed::Whole, "the agent is behind what the vault holds of it");
+    }
+    // Where only one of the two knows a hash, it is compared by the sender, which knows those of the positions since.
+    let differs = |(at, hash)| resume.released == at && resume.hash != hash && resume.hash != StreamHash::default();
+    if known.past.is_some_and(differs) {
+        return renew(HealNeed::Whole, "agent and vault disagree about the stream's past");
+    }
     match known.stream {
         Some((journaled, _)) if journaled < resume.released => {
             renew(at_least(HealNeed::Maps), "the process server's journal was lost")
@@ -137,6 +147,8 @@ pub struct SessionStart {
     pub hash: StreamHash,
     /// Newest position in the vault.
     pub committed: SequenceNumber,
+    /// Newest position in the vault at which the stream's hash is known, and the hash.
+    pub past: Option<(SequenceNumber, StreamHash)>,
     /// Newest point time on the chain.
     pub last_point: PointTime,
     /// The cut planner as the last session left it (default for a new generation).
@@ -310,6 +322,7 @@ impl Receiver {
             continues: start.continues,
             hash: start.hash,
             committed: start.committed,
+            past: start.past,
             need: start.need,
             base_empty: start.base_empty,
             window_bytes: start.window_bytes,
@@ -509,6 +522,8 @@ impl Receiver {
             | Message::HealData { .. }
             | Message::HealEnd { .. }
             | Message::HealAbort { .. } => Ok(()),
+            // Kept by whoever has a place for it, beside the stream.
+            Message::Describe { .. } => Ok(()),
             Message::Bye { reason } => Err(format!("the sender said good-bye: {reason}")),
             other => Err(format!("unexpected message {:?}", std::mem::discriminant(&other))),
         }

@@ -21,6 +21,7 @@ mod breaks;
 mod events;
 mod healing;
 mod lacking;
+mod past;
 mod resumption;
 
 use std::collections::VecDeque;
@@ -37,6 +38,7 @@ pub use events::{
     Action, CaptureReport, Event, HealProgress, KeptStream, Request, Resumption, SenderConfig, StreamState,
 };
 use lacking::Lacking;
+use past::Past;
 
 #[derive(Debug)]
 enum Link {
@@ -102,6 +104,8 @@ pub struct Sender {
     /// Requests of older epochs are covered by the heal and dropped: their order against dropped ones is lost.
     drop_older_than: Epoch,
     chain: Option<ChainId>,
+    /// The chain of this run's newest session.
+    followed: Option<ChainId>,
     generation: Generation,
     /// Newest assigned number; its hash is the last of `unreleased` or `released_hash`.
     assigned: SequenceNumber,
@@ -109,6 +113,7 @@ pub struct Sender {
     released_hash: StreamHash,
     committed: SequenceNumber,
     cleared: Option<(ChainId, SequenceNumber)>,
+    past: Past,
     unreleased: VecDeque<Unreleased>,
     /// How many of `unreleased` were sent in this link session, and their bytes.
     sent: usize,
@@ -168,12 +173,14 @@ impl Sender {
             // Until a heal has rotated the maps, nothing that the ring holds belongs to a stream.
             drop_older_than: Epoch(if need == HealNeed::Nothing { 0 } else { u32::MAX }),
             chain: None,
+            followed: None,
             generation: Generation(0),
             assigned: SequenceNumber(0),
             released: SequenceNumber(0),
             released_hash: StreamHash::default(),
             committed: SequenceNumber(0),
             cleared,
+            past: Past::default(),
             unreleased: VecDeque::new(),
             sent: 0,
             sent_bytes: 0,
@@ -407,6 +414,7 @@ impl Sender {
             now: self.now,
             started: self.config.started,
             lacking: self.lacking.ranges(),
+            followed: self.followed,
         }
     }
 
@@ -424,15 +432,15 @@ impl Sender {
             (Message::Welcome(welcome), Link::Greeting) => self.welcomed(welcome, out),
             (Message::Refuse { reason, .. }, _) => out.push(Action::Refused(reason)),
             (Message::Ack { journaled, committed, window_bytes }, Link::Up { .. }) => {
-                if journaled > self.assigned || journaled < self.released {
-                    out.push(Action::Disconnect(format!(
-                        "the receiver acknowledged {journaled}, which was never sent"
-                    )));
+                if journaled > self.assigned || journaled < self.released || committed > journaled {
+                    let reason = format!("the receiver acknowledged {journaled}, committed {committed}: not what was sent");
+                    out.push(Action::Disconnect(reason));
                     return;
                 }
                 self.link = Link::Up { window_bytes };
                 self.release(journaled, out);
                 self.committed = self.committed.max(committed);
+                self.past.committed(self.committed);
                 self.clear_closed_epoch(out);
                 self.clear_inherited(out);
             }
@@ -470,8 +478,13 @@ impl Sender {
             out.push(Action::Refused(format!("the receiver speaks protocol version {}", welcome.version)));
             return;
         }
+        if !is_consistent(&welcome) {
+            out.push(Action::Disconnect("the receiver's positions contradict each other".into()));
+            return;
+        }
+        let differs = self.disagrees_about_the_past(&welcome);
         if welcome.continues {
-            if !self.agrees_with(&welcome) {
+            if differs || !self.agrees_with(&welcome) {
                 // Must 7: one of the two is not what it was. Nothing about the stream can be trusted any more.
                 self.lose_stream("sender and receiver disagree about the stream's past", out);
                 self.whole_needed = true;
@@ -481,6 +494,7 @@ impl Sender {
             self.release(welcome.resume_after, out);
         } else {
             self.lose_stream("the receiver cannot continue the stream", out);
+            self.whole_needed |= differs;
             self.released = welcome.resume_after;
             self.released_hash = welcome.hash;
             self.assigned = welcome.resume_after;
@@ -491,6 +505,7 @@ impl Sender {
             self.heal = Heal::Wanted;
         }
         self.chain = Some(welcome.chain);
+        self.followed = self.chain;
         self.generation = welcome.generation;
         self.assigned = self.assigned.max(welcome.generation.base());
         self.committed = welcome.committed;
@@ -584,6 +599,9 @@ impl Sender {
                 batch.push(entry.change.clone());
                 self.sent += 1;
             }
+            if let Some(last) = self.sent.checked_sub(1).and_then(|index| self.unreleased.get(index)) {
+                self.past.sent(last.change.sequence, last.hash);
+            }
             out.push(Action::Send(Message::Changes(batch)));
         }
     }
@@ -613,6 +631,13 @@ impl Sender {
             out.push(Action::Rotate { for_heal: true });
         }
     }
+}
+
+/// Whether numbers can go on from what a welcome says.
+fn is_consistent(welcome: &Welcome) -> bool {
+    welcome.committed <= welcome.resume_after
+        && welcome.resume_after.generation() <= welcome.generation
+        && welcome.resume_after.has_room()
 }
 
 fn window_cost(change: &Change) -> u64 {

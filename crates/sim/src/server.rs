@@ -9,12 +9,18 @@ use agent::engine::Wire;
 use bytes::Bytes;
 use process_server::ingest::{ChangeLog, Ingest, Outcome, ReadBack, Work, read_back};
 use process_server::journal::thread::Completion;
-use process_server::journal::{ChainState, HostKey, Journal, JournalConfig, JournalError, Record};
-use process_server::pipeline::{Greeted, Pace, Pipeline, Services};
+use process_server::journal::{
+    ChainState, HostKey, Journal, JournalConfig, JournalError, JournalPosition, Manifest, Record,
+};
+use process_server::pipeline::{Greeted, OpenError, Pace, Pipeline, Services};
+use replication::geometry::GRANULE_BYTES;
 use replication::receiver::Event;
 use replication::wire::{Hello, Message};
-use replication::{ByteRange, ChainId, ChangeKind, DiskId, InstanceId, MachineId, PointTime, SequenceNumber};
+use replication::{
+    ByteRange, ChainId, ChangeKind, DiskId, InstanceId, MachineId, PointTime, Ranges, Reach, SequenceNumber,
+};
 use vault::catalog::Catalog;
+use vault::chain::Phase;
 use vault::keys::{WriterId, WriterSession};
 use vault::manifest::{Delta, ManifestLink};
 use vault::pack::load_dedup;
@@ -53,7 +59,15 @@ impl SimLog {
 
 impl ChangeLog for SimLog {
     fn append(&self, record: Record, done: Completion) -> Result<(), JournalError> {
-        let position = self.journal.lock().unwrap_or_else(PoisonError::into_inner).append(&record)?;
+        let mut journal = self.journal.lock().unwrap_or_else(PoisonError::into_inner);
+        let position = match journal.append(&record) {
+            Err(JournalError::Full { .. }) if self.bug == Some(Bug::FullJournalAcknowledges) => {
+                done(journal.sync().map_err(Arc::new));
+                return Ok(());
+            }
+            appended => appended?,
+        };
+        drop(journal);
         if self.bug == Some(Bug::AckBeforeSync) {
             done(Ok(position));
         } else {
@@ -62,7 +76,26 @@ impl ChangeLog for SimLog {
         Ok(())
     }
 
+    fn append_durably(&self, record: Record) -> Result<(), Arc<JournalError>> {
+        let outcome = Arc::new(Mutex::new(None));
+        let slot = Arc::clone(&outcome);
+        let done = move |result: Result<JournalPosition, _>| {
+            *slot.lock().unwrap_or_else(PoisonError::into_inner) = Some(result.map(drop));
+        };
+        self.append(record, Box::new(done))?;
+        self.sync();
+        let outcome = outcome.lock().unwrap_or_else(PoisonError::into_inner).take();
+        outcome.expect("a sync answers everything that was appended before it")
+    }
+
+    fn intent(&self, chain: ChainId) -> Result<Option<Manifest>, JournalError> {
+        Ok(self.journal.lock().unwrap_or_else(PoisonError::into_inner).changes_of(chain).intent())
+    }
+
     fn free_bytes(&self) -> u64 {
+        if self.bug == Some(Bug::FullJournalAcknowledges) {
+            return JOURNAL_BYTES;
+        }
         self.journal.lock().unwrap_or_else(PoisonError::into_inner).free_bytes()
     }
 
@@ -185,7 +218,8 @@ impl SimServer {
         let clock: Arc<dyn Clock> = Arc::new(self.clock.clone());
         let files: Arc<dyn world::Files> = Arc::new(self.files.clone());
         let host = HostKey::load_or_create(&*files, "journal", &*dyn_entropy).expect("the state directory works");
-        let config = JournalConfig { bytes_max: JOURNAL_BYTES, file_bytes_max: JOURNAL_BYTES / 8 };
+        let room = if self.bug == Some(Bug::JournalUnbounded) { 16 * JOURNAL_BYTES } else { JOURNAL_BYTES };
+        let config = JournalConfig { bytes_max: room, file_bytes_max: JOURNAL_BYTES / 8 };
         let (journal, recovered) =
             Journal::open(Arc::clone(&files), Arc::clone(&dyn_entropy), "journal", config, &host)
                 .unwrap_or_else(|error| panic!("{}: the journal cannot be opened after a crash: {error}", self.name));
@@ -205,7 +239,7 @@ impl SimServer {
             inline_bytes_max: 64 << 10,
             image_cut_bytes: 128 << 10,
             window_bytes: WINDOW_BYTES,
-            memory_bytes_max: MEMORY_BYTES,
+            memory_bytes_max: if self.bug == Some(Bug::MemoryUnbounded) { u64::MAX } else { MEMORY_BYTES },
             workers: NonZeroUsize::MIN,
             retry_pause: Duration::from_millis(300),
         };
@@ -298,24 +332,23 @@ impl SimServer {
         node.carry_out(outcome, &mut self.closed);
         if node.pipeline.is_none() && node.greeting.is_some() {
             let recovered = running.recovered.clone();
-            let opened = Pipeline::open(
-                running.services.clone(),
-                &*running.entropy,
-                self.machine,
-                node.greeting.as_ref(),
-                |chain| recovered.get(&chain).cloned(),
-            );
+            let hello = node.greeting.as_ref().filter(|_| bug != Some(Bug::HandOverForgotten));
+            let journal = |chain| recovered.get(&chain).cloned();
+            let opened = Pipeline::open(running.services.clone(), &*running.entropy, self.machine, hello, journal);
             match opened {
                 Ok(pipeline) => node.pipeline = Some(pipeline),
                 Err(error) => {
+                    if bug == Some(Bug::CloseIgnored) && matches!(error, OpenError::Closed { .. }) {
+                        retry(&running.services, self.machine, bug);
+                    }
                     self.ends.push(format!("open: {error:?}"));
                     node.drop_link();
                 }
             }
         }
-        if let Err(reason) = node.work(self.machine, bug, &mut self.closed) {
+        if let Err(reason) = node.work(&running.services, self.machine, bug, &mut self.closed) {
             if bug == Some(Bug::RetryUnderLostGeneration) && reason.contains("Fenced") {
-                retry(&running.services, self.machine);
+                retry(&running.services, self.machine, bug);
             }
             self.ends.push(reason);
             node.drop_link();
@@ -373,18 +406,26 @@ impl Node {
         }
     }
 
-    fn work(&mut self, machine: MachineId, bug: Option<Bug>, closed: &mut Vec<String>) -> Result<(), String> {
+    fn work(
+        &mut self,
+        services: &Services,
+        machine: MachineId,
+        bug: Option<Bug>,
+        closed: &mut Vec<String>,
+    ) -> Result<(), String> {
         let Some(mut pipeline) = self.pipeline.take() else { return Ok(()) };
         let mut events = Vec::new();
         if bug == Some(Bug::AbsorbedAcrossCut) {
             absorb_across_cuts(&mut self.inbox);
         }
         while let Some(work) = self.inbox.pop_front() {
-            let Some(work) = spoil(work, bug, pipeline.committed(), &mut events) else { continue };
+            let Some(work) = spoil(work, bug, services, pipeline.committed(), &mut events) else { continue };
             trace(machine, &work);
             events.extend(pipeline.work(work).map_err(|error| format!("work: {error:?}"))?);
         }
-        events.extend(pipeline.step().map_err(|error| format!("step: {error:?}"))?);
+        let stepped = pipeline.step().map_err(|error| format!("step: {error:?}"))?;
+        let is_owed = |event: &Event| matches!(event, Event::HealProcessed { .. });
+        events.extend(stepped.into_iter().filter(|event| bug != Some(Bug::CreditNotPaid) || !is_owed(event)));
         for event in events {
             let outcome = self.ingest.event(event);
             self.carry_out(outcome, closed);
@@ -426,7 +467,13 @@ impl Node {
 }
 
 /// Applies the planted bugs that sit between ingest and pipeline.
-fn spoil(work: Work, bug: Option<Bug>, committed: SequenceNumber, events: &mut Vec<Event>) -> Option<Work> {
+fn spoil(
+    work: Work,
+    bug: Option<Bug>,
+    services: &Services,
+    committed: SequenceNumber,
+    events: &mut Vec<Event>,
+) -> Option<Work> {
     Some(match (work, bug) {
         (Work::HealBegin { heal, p0, reach, hashes, planned_bytes }, Some(Bug::HealBelowOlderWrites)) => {
             Work::HealBegin { heal, p0: SequenceNumber(p0.0 - 40), reach, hashes, planned_bytes }
@@ -443,8 +490,21 @@ fn spoil(work: Work, bug: Option<Bug>, committed: SequenceNumber, events: &mut V
             Work::HealEnd { heal, cut }
         }
         (Work::GapOpened { .. }, Some(Bug::GapNotRecorded)) => return None,
+        (Work::GapOpened { reach: Reach::Ranges(_), .. }, Some(Bug::LackingNotSaid)) => return None,
+        (Work::GapOpened { at, reach: Reach::Ranges(ranges), time, cause }, Some(Bug::LackingTooMuchSaid)) => {
+            let more = |(disk, range): (DiskId, ByteRange)| {
+                (disk, ByteRange::new(range.start.saturating_sub(GRANULE_BYTES), range.len + GRANULE_BYTES))
+            };
+            Work::GapOpened { at, reach: Reach::Ranges(Ranges::of(ranges.iter().map(more))), time, cause }
+        }
         (Work::Compare { heal, offer, leaves, .. }, Some(Bug::EverythingEqual)) => {
             events.push(Event::Compared { heal, offer, wanted: vec![false; leaves.len()] });
+            return None;
+        }
+        (Work::Compare { heal, offer, leaves, .. }, Some(Bug::ComparedWithoutVault))
+            if services.store.list("", None, 1).is_err() =>
+        {
+            events.push(Event::Compared { heal, offer, wanted: vec![true; leaves.len()] });
             return None;
         }
         (work, _) => work,
@@ -474,12 +534,15 @@ fn absorb_across_cuts(inbox: &mut VecDeque<Work>) {
     }
 }
 
-/// Takes the chain back from whoever won it.
-fn retry(services: &Services, machine: MachineId) {
+/// Takes the chain back from whoever won it, or from a failover that closed it.
+fn retry(services: &Services, machine: MachineId, bug: Option<Bug>) {
     let Services { store, session, keys, .. } = services;
     let Ok(catalog) = Catalog::load(store, keys) else { return };
     let Some(chain) = catalog.machines.get(&machine).map(|known| known.chain) else { return };
-    let Ok(history) = ChainHistory::load(store, keys, chain) else { return };
+    let Ok(mut history) = ChainHistory::load(store, keys, chain) else { return };
+    if bug == Some(Bug::CloseIgnored) {
+        history.standing.phase = Phase::Open;
+    }
     drop(ChainWriter::open_generation(store, session, keys, &history, "retry", Delta::default()));
 }
 

@@ -41,6 +41,7 @@ struct PlainServer {
     journaled: SequenceNumber,
     committed: SequenceNumber,
     hash: StreamHash,
+    past: Option<(SequenceNumber, StreamHash)>,
     journal_lost: bool,
     last_point: PointTime,
     planner: CutPlanner,
@@ -67,6 +68,7 @@ impl PlainServer {
             journaled: SequenceNumber(0),
             committed: SequenceNumber(0),
             hash: StreamHash::default(),
+            past: None,
             journal_lost: false,
             last_point: PointTime(0),
             planner: CutPlanner::default(),
@@ -143,6 +145,7 @@ impl PlainServer {
         }
         if self.journaled > self.committed && rng.one_in(4) {
             self.committed = self.journaled;
+            self.past = Some((self.committed, self.hash));
             self.feed(Event::Committed(self.committed));
         }
         self.compare();
@@ -154,6 +157,7 @@ impl PlainServer {
             chain: self.chain,
             stream: (!self.journal_lost && self.generation > Generation(0)).then_some((self.journaled, self.hash)),
             committed: self.committed,
+            past: self.past,
             incomplete: self.in_gap,
             lacking: Ranges::default(),
             last_boot: self.last_boot,
@@ -172,6 +176,7 @@ impl PlainServer {
                 self.generation = self.generation.next();
                 self.journal_lost = false;
                 self.in_gap = true;
+                self.hash = StreamHash::default();
                 self.planner = CutPlanner::default();
                 (false, need)
             }
@@ -185,6 +190,7 @@ impl PlainServer {
                 journaled: self.journaled,
                 hash: self.hash,
                 committed: self.committed,
+                past: self.past,
                 last_point: self.last_point,
                 planner: self.planner.clone(),
                 continues,

@@ -1,5 +1,8 @@
 //! The catalog: which machines the vault protects, which chain each follows, which branches were opened. A numbered
 //! log with several writers: whoever loses a number takes the next. Reading it all gives the state.
+//!
+//! A revocation begins another epoch of the name key with the number behind it. Everybody who had not read so far loses
+//! that number's old name to the revocation itself, or to whoever came before.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -8,12 +11,13 @@ use replication::codec::{DecodeError, Decoder, Encoder};
 use replication::{ChainId, DiskGeometry, MachineId, Position, SequenceNumber};
 
 use crate::error::VaultError;
-use crate::keys::{Authority, OpenKeys, WriterId, WriterRole, WriterSession};
+use crate::keys::revoked::{self, epoch_behind};
+use crate::keys::{Authority, NameEpoch, NameSwitch, OpenKeys, WriterId, WriterRole, WriterSession};
 use crate::limits;
-use crate::manifest::{decode_list, list};
+use crate::manifest::{decode_list, decode_option, list, option};
 use crate::numbered::NumberedNames;
 use crate::object::{Compression, FrameClass, ObjectBuilder, ObjectKind, ObjectReader, Placement};
-use crate::store::{Store, StoreError};
+use crate::store::{ObjectName, Store, StoreError};
 
 /// Something that happened.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -72,8 +76,16 @@ pub enum CatalogEntry {
         fails_from: BTreeMap<ChainId, u64>,
         /// Why, for people.
         reason: String,
-        /// The name-key epoch that the next generation of each chain begins. Reserved, 0.
-        name_epoch: u32,
+        /// The name-key epoch in which the next entry is named, and every chain from its next generation on; `None` leaves
+        /// names as they are.
+        names: Option<NameSwitch>,
+    },
+    /// What a machine is made of, as its agent says: a JSON document that this crate does not look into.
+    MachineDescribed {
+        /// The machine.
+        machine: MachineId,
+        /// The document.
+        document: String,
     },
 }
 
@@ -81,7 +93,9 @@ impl CatalogEntry {
     /// Whether whoever signs with `authority` may say this.
     fn is_for(&self, authority: Authority) -> bool {
         match self {
-            CatalogEntry::MachineProtected { .. } => authority.is(WriterRole::ProcessServer),
+            CatalogEntry::MachineProtected { .. } | CatalogEntry::MachineDescribed { .. } => {
+                authority.is(WriterRole::ProcessServer)
+            }
             CatalogEntry::MachineFollows { .. }
             | CatalogEntry::BranchOpened { .. }
             | CatalogEntry::BranchDiscarded { .. } => {
@@ -137,12 +151,16 @@ pub struct Catalog {
     pub machines: BTreeMap<MachineId, Machine>,
     /// Branches, discarded ones included.
     pub branches: BTreeMap<ChainId, Branch>,
+    /// The newest description of each machine that has one: JSON.
+    pub descriptions: BTreeMap<MachineId, String>,
     /// Granted writers by label.
     pub writers: BTreeMap<WriterId, String>,
     /// Writers whose grant ended, and why.
     pub revoked: BTreeMap<WriterId, String>,
     /// Number of the next entry.
     pub next_number: u64,
+    /// The name-key epoch in which it is named.
+    pub name_epoch: NameEpoch,
     /// Every entry, oldest first.
     pub records: Vec<Record>,
     /// What does not count, for people.
@@ -165,9 +183,9 @@ impl Catalog {
     /// # Errors
     /// As [`Catalog::load`].
     pub fn refresh(&mut self, store: &Arc<dyn Store>, keys: &OpenKeys) -> Result<(), VaultError> {
-        let names = NumberedNames::of_catalog(&keys.shared().name);
         loop {
-            let record = match read_entry(store, keys, &names, self.next_number) {
+            let name = self.next_name(store, keys)?;
+            let record = match read_entry(store, keys, &name, self.next_number) {
                 Ok(record) => Some(record),
                 Err(VaultError::Store(StoreError::NotFound(_))) => return Ok(()),
                 Err(error) if error.condemns_object() => {
@@ -176,12 +194,25 @@ impl Catalog {
                 }
                 Err(error) => return Err(error),
             };
-            keys.with_revocations(|known| known.note(self.next_number, record.as_ref().map(|record| &record.entry)));
+            let entry = record.as_ref().map(|record| &record.entry);
+            let begins = epoch_behind(store, keys, (self.next_number, self.name_epoch), entry)?;
+            keys.with_revocations(|known| known.note(self.next_number, entry, begins));
+            self.next_number += 1;
+            self.name_epoch = begins.map_or(self.name_epoch, |switch| switch.epoch);
             if let Some(record) = record {
                 self.add(record);
             }
-            self.next_number += 1;
         }
+    }
+
+    fn next_name(&self, store: &Arc<dyn Store>, keys: &OpenKeys) -> Result<ObjectName, VaultError> {
+        let names = NumberedNames::of_catalog(keys);
+        if names.has(self.name_epoch) {
+            return names.name(self.next_number, self.name_epoch);
+        }
+        // Which key is that epoch's is told by what these keys know of the catalog.
+        revoked::refresh(store, keys)?;
+        NumberedNames::of_catalog(keys).name(self.next_number, self.name_epoch)
     }
 
     /// Writes `entry` under the next number that nobody else takes, and adds it and whatever came before it. Durable
@@ -197,28 +228,44 @@ impl Catalog {
         session: &WriterSession,
         entry: &CatalogEntry,
     ) -> Result<u64, VaultError> {
-        let names = NumberedNames::of_catalog(&keys.shared().name);
         loop {
             self.refresh(store, keys)?;
             let number = self.next_number;
-            let mut builder = ObjectBuilder::new(session, Placement::of_vault(ObjectKind::Catalog), names.name(number));
-            let mut content = Encoder::new();
-            content.varint(number).u64(session.clock().wall().seconds());
-            entry.encode(&mut content);
-            let content = bytes::Bytes::from(content.finish());
-            if let Err(DecodeError::TooLarge { field, value, limit }) = decode_content(content.clone(), number) {
-                return Err(VaultError::LimitExceeded { what: field, value, limit });
-            }
-            let root = builder.add(FrameClass::Index, &content, Compression::Fast)?;
-            match builder.finish(Some(root)).put(store.as_ref()) {
-                Ok(()) => {
-                    self.refresh(store, keys)?;
-                    return Ok(number);
-                }
-                Err(StoreError::AlreadyExists(_)) => {}
-                Err(error) => return Err(error.into()),
+            if self.append_next(store, keys, session, entry)? {
+                return Ok(number);
             }
         }
+    }
+
+    /// As [`Catalog::append`], if nothing was added since this was read; otherwise adds that and returns `false`.
+    ///
+    /// # Errors
+    /// As [`Catalog::append`].
+    pub(crate) fn append_next(
+        &mut self,
+        store: &Arc<dyn Store>,
+        keys: &OpenKeys,
+        session: &WriterSession,
+        entry: &CatalogEntry,
+    ) -> Result<bool, VaultError> {
+        let number = self.next_number;
+        let name = self.next_name(store, keys)?;
+        let mut builder = ObjectBuilder::new(session, Placement::of_vault(ObjectKind::Catalog), name);
+        let mut content = Encoder::new();
+        content.varint(number).u64(session.clock().wall().seconds());
+        entry.encode(&mut content);
+        let content = bytes::Bytes::from(content.finish());
+        if let Err(DecodeError::TooLarge { field, value, limit }) = decode_content(content.clone(), number) {
+            return Err(VaultError::LimitExceeded { what: field, value, limit });
+        }
+        let root = builder.add(FrameClass::Index, &content, Compression::Fast)?;
+        let won = match builder.finish(Some(root)).put(store.as_ref()) {
+            Ok(()) => true,
+            Err(StoreError::AlreadyExists(_)) => false,
+            Err(error) => return Err(error.into()),
+        };
+        self.refresh(store, keys)?;
+        Ok(won)
     }
 
     fn add(&mut self, record: Record) {
@@ -245,6 +292,9 @@ impl Catalog {
             CatalogEntry::GrantRevoked { writer, reason, .. } => {
                 self.revoked.insert(writer, reason);
             }
+            CatalogEntry::MachineDescribed { machine, document } => {
+                self.descriptions.insert(machine, document);
+            }
             CatalogEntry::Note { .. } => {}
         }
         self.records.push(record);
@@ -254,17 +304,17 @@ impl Catalog {
 pub(crate) fn read_entry(
     store: &Arc<dyn Store>,
     keys: &OpenKeys,
-    names: &NumberedNames,
+    name: &ObjectName,
     number: u64,
 ) -> Result<Record, VaultError> {
-    let name = names.name(number);
-    let object = ObjectReader::open_reading(store, keys, &name, limits::MANIFEST_READ_BYTES)?;
+    let foreign = |reason| VaultError::Foreign { name: name.clone(), reason };
+    let object = ObjectReader::open_reading(store, keys, name, limits::MANIFEST_READ_BYTES)?;
     if object.header().placement.kind != ObjectKind::Catalog {
-        return Err(VaultError::Foreign { name, reason: "it is no catalog entry" });
+        return Err(foreign("it is no catalog entry"));
     }
     let writer = object.header().writer;
     if keys.with_revocations(|known| known.fails_entry(writer, number)) {
-        return Err(VaultError::Foreign { name, reason: "its writer's grant was revoked before" });
+        return Err(foreign("its writer's grant was revoked before"));
     }
     let content = object.root()?;
     // An entry kind of a later version: what it changes is unknown here, so nothing may be concluded from the rest.
@@ -272,11 +322,11 @@ pub(crate) fn read_entry(
         DecodeError::Undefined { field: KIND_FIELD, value } => {
             VaultError::NewerFormat { name: name.clone(), what: format!("catalog entry {value}") }
         }
-        error => VaultError::content(&name)(error),
+        error => VaultError::content(name)(error),
     })?;
     record.writer = writer;
     if !record.entry.is_for(keys.authority(store, writer)?) {
-        return Err(VaultError::Foreign { name, reason: "its writer's grant does not allow what it says" });
+        return Err(foreign("its writer's grant does not allow what it says"));
     }
     Ok(record)
 }
@@ -300,6 +350,7 @@ const BRANCH_DISCARDED: u8 = 4;
 const WRITER_GRANTED: u8 = 5;
 const NOTE: u8 = 6;
 const GRANT_REVOKED: u8 = 7;
+const MACHINE_DESCRIBED: u8 = 10;
 // Reserved: 8 pin changed, 9 format enabled.
 
 impl CatalogEntry {
@@ -322,15 +373,19 @@ impl CatalogEntry {
             CatalogEntry::WriterGranted { writer, label } => {
                 out.u8(WRITER_GRANTED).raw(&writer.0).text(label);
             }
+            CatalogEntry::MachineDescribed { machine, document } => {
+                out.u8(MACHINE_DESCRIBED).raw(&machine.0).text(document);
+            }
             CatalogEntry::Note { text } => {
                 out.u8(NOTE).text(text);
             }
-            CatalogEntry::GrantRevoked { writer, fails_from, reason, name_epoch } => {
+            CatalogEntry::GrantRevoked { writer, fails_from, reason, names } => {
                 out.u8(GRANT_REVOKED).raw(&writer.0).varint(fails_from.len() as u64);
                 for (chain, number) in fails_from {
                     out.raw(&chain.0).varint(*number);
                 }
-                out.text(reason).u32(*name_epoch);
+                out.text(reason);
+                option(out, names.as_ref(), |out, switch| switch.encode(out));
             }
         }
     }
@@ -365,6 +420,10 @@ impl CatalogEntry {
                 writer: WriterId(input.array("writer id")?),
                 label: input.text("writer label", limits::LABEL_BYTES_MAX)?,
             },
+            MACHINE_DESCRIBED => CatalogEntry::MachineDescribed {
+                machine: MachineId(input.array("machine id")?),
+                document: input.text("description", replication::limits::DESCRIPTION_BYTES_MAX)?,
+            },
             NOTE => CatalogEntry::Note { text: input.text("note", limits::REASON_BYTES_MAX)? },
             GRANT_REVOKED => CatalogEntry::GrantRevoked {
                 writer: WriterId(input.array("writer id")?),
@@ -374,11 +433,7 @@ impl CatalogEntry {
                 .into_iter()
                 .collect(),
                 reason: input.text("reason of a revocation", limits::REASON_BYTES_MAX)?,
-                name_epoch: match input.u32("name-key epoch")? {
-                    0 => 0,
-                    // Names under a key this program does not look for: it would take the chain's end for its head.
-                    later => return Err(DecodeError::Undefined { field: KIND_FIELD, value: later.into() }),
-                },
+                names: decode_option(input, NameSwitch::decode)?,
             },
             value => return Err(DecodeError::Undefined { field: KIND_FIELD, value: value.into() }),
         })
@@ -392,7 +447,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_bytes_are_answered(mut bytes: Vec<u8>, kind in 0u8..9) {
+        fn any_bytes_are_answered(mut bytes: Vec<u8>, kind in 0u8..12) {
             let _ = decode_content(bytes.clone().into(), 1);
             if let Some(first) = bytes.first_mut() {
                 *first = kind;

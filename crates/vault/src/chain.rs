@@ -5,6 +5,10 @@
 //! is ([`Standing`]). Objects that do not count burn
 //! their number, are reported as [`Alarm`]s, and are never deleted: a sleeping writer would try that very name.
 //!
+//! A chain says itself in which epoch of the name key each number is named: it begins in the first, and an opening may
+//! lead into a later one, from the number behind it on. The opening's own name is of the old epoch, because that is the
+//! name which decides between it and the writer before. Names of any other epoch burn nothing.
+//!
 //! [`ChainHistory::load`] reads a chain without reading all of it, by trusting a writer's checkpoints for that writer's
 //! own generation. [`ChainHistory::load_all`] trusts nothing but the manifests themselves; both give the same answer,
 //! and so does [`ChainTail`], which reads on where it stopped.
@@ -16,10 +20,10 @@ mod writer;
 
 use std::sync::Arc;
 
-use replication::{ChainId, Generation, MachineId, PointTime, Position, SequenceNumber};
+use replication::{ChainId, Generation, MachineId, PointTime, Position, SequenceNumber, StreamHash};
 
 use crate::error::VaultError;
-use crate::keys::{ObjectNonce, OpenKeys, WriterId};
+use crate::keys::{NameEpoch, ObjectNonce, OpenKeys, WriterId};
 use crate::layer::{LayerKind, LayerRef};
 use crate::layout;
 use crate::manifest::{Defect, Gap, GenerationState, GeometryChange, ManifestKind, ManifestLink, SignedManifest};
@@ -37,6 +41,14 @@ pub use writer::{ChainWriter, CheckpointWish, ManifestBuilder, PreparedManifest}
 pub enum Alarm {
     /// Not a manifest's name: someone without the name key put it there.
     Untagged(ObjectName),
+    /// A manifest's name under a name key that is not in use at that number: made by a writer whose grant has ended. It burns
+    /// nothing.
+    WrongEpoch {
+        /// The number.
+        number: u64,
+        /// The epoch of the key.
+        epoch: NameEpoch,
+    },
     /// A manifest's name holding something that is damaged or not from a granted writer. Its number is burnt.
     Invalid {
         /// The burnt number.
@@ -84,6 +96,8 @@ pub struct GenerationHistory {
     pub last: ManifestLink,
     /// Everything it committed.
     pub through: SequenceNumber,
+    /// The stream's running hash there, if its writer knew it.
+    pub stream: Option<StreamHash>,
     /// What its manifests add up to.
     pub state: GenerationState,
 }
@@ -101,6 +115,8 @@ pub struct ChainHistory {
     pub head: ManifestLink,
     /// Number of the next manifest: the head's, plus one, plus one per burnt number behind it.
     pub next_number: u64,
+    /// The name-key epoch in which the next manifest is named.
+    pub name_epoch: NameEpoch,
     /// Everything committed.
     pub through: SequenceNumber,
     /// The source is proven to have written nothing else before this moment.
@@ -152,6 +168,12 @@ impl ChainHistory {
         self.generations.last().expect("a chain has a generation")
     }
 
+    /// The newest position whose stream hash is known, and that hash. Positions of one stream are never given again to
+    /// another, so whoever sent it and knows the hash there can compare.
+    pub fn stream(&self) -> Option<(SequenceNumber, StreamHash)> {
+        self.generations.iter().rev().find_map(|generation| Some((generation.through, generation.stream?)))
+    }
+
     /// All layers that count, newest first: by their largest sequence number, images of equal number last.
     pub fn layers(&self) -> Vec<LayerRef> {
         let mut layers: Vec<LayerRef> =
@@ -180,11 +202,14 @@ impl ChainHistory {
         self.generations.iter().flat_map(|generation| generation.state.geometries.iter().cloned()).collect()
     }
 
-    /// The disks as they are at `sequence`, by id.
+    /// The disks as they are at `sequence`, by id. Those that were taken out of protection before are not among them.
     pub fn geometry_at(&self, sequence: SequenceNumber) -> Vec<replication::DiskGeometry> {
         let mut disks = std::collections::BTreeMap::new();
         for change in self.geometries() {
-            if change.sequence <= sequence {
+            // A removal is behind its position: the points up to there have the disk.
+            if change.geometry.is_removal() && change.sequence < sequence {
+                disks.remove(&change.geometry.disk);
+            } else if !change.geometry.is_removal() && change.sequence <= sequence {
                 disks.insert(change.geometry.disk, change.geometry);
             }
         }
@@ -216,7 +241,7 @@ impl ChainHistory {
             return Ok(false);
         }
         // A burnt number may hold one's own nonce too: the manifest that was refused. Only the chain knows.
-        let names = NumberedNames::of_chain(&keys.shared().name, self.chain);
+        let names = NumberedNames::of_chain(keys, self.chain);
         let mut link = Some(self.head);
         for generation in self.generations.iter().rev() {
             if number < generation.opened {
@@ -233,7 +258,8 @@ impl ChainHistory {
             if current.number == number {
                 return Ok(current.nonce == nonce);
             }
-            link = SignedManifest::read(store, keys, &names, self.chain, current.number)?.manifest.parent;
+            let place = (current.number, current.epoch);
+            link = SignedManifest::read(store, keys, &names, self.chain, place)?.manifest.parent;
         }
         Ok(false)
     }
@@ -271,7 +297,7 @@ impl GenerationHistory {
         GenerationHistory {
             generation: manifest.generation,
             writer: manifest.writer,
-            opened: manifest.manifest.opened,
+            opened: manifest.manifest.opened.0,
             reason: match &manifest.manifest.kind {
                 ManifestKind::OpenGeneration { reason, .. } => Some(reason.clone()),
                 ManifestKind::Close { reason, .. } => Some(format!("closed: {reason}")),
@@ -282,13 +308,16 @@ impl GenerationHistory {
             },
             last: manifest.link,
             through: manifest.manifest.delta.through,
+            stream: manifest.manifest.delta.stream,
             state: GenerationState::default(),
         }
     }
 
-    fn add(&mut self, manifest: &SignedManifest) {
-        self.state.apply(manifest.link, &manifest.manifest);
+    /// Adds a manifest. Returns the layers that merged ones replaced.
+    fn add(&mut self, manifest: &SignedManifest) -> Vec<LayerRef> {
         self.last = manifest.link;
         self.through = manifest.manifest.delta.through;
+        self.stream = manifest.manifest.delta.stream;
+        self.state.apply(manifest.link, &manifest.manifest)
     }
 }

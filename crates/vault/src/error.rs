@@ -93,6 +93,13 @@ pub enum VaultError {
         /// Who.
         writer: crate::keys::WriterId,
     },
+    /// Names go on under a key that the holder of these keys was not given, or whose copies are lost. Bring the vault's
+    /// `keys/` back from a copy, or have the writer granted anew.
+    #[error("the vault's names go on under a later name key (epoch {epoch}), of which no copy opens here")]
+    NameKeyMissing {
+        /// The epoch of the key.
+        epoch: crate::keys::NameEpoch,
+    },
     /// The writer's grant does not reach that far.
     #[error("writer {writer} may not do this: {reason}")]
     NotPermitted {

@@ -4,7 +4,9 @@
 //! What is encrypted and signed is fuzzed as plaintext: a writer that was taken over can sign anything.
 
 use bytes::Bytes;
+use replication::PointTime;
 use replication::codec::{DecodeError, Decoder, Encoder};
+use world::WallTime;
 
 use crate::catalog::{CatalogEntry, decode_content};
 use crate::keys::{Grant, KeySlot, RecoveryKey, WriterKeys};
@@ -12,6 +14,7 @@ use crate::layer::LayerRef;
 use crate::manifest::{decode_manifest, encode_manifest};
 use crate::object::{Header, Parse, frame_survives};
 use crate::pack::{decode_index, encode_index};
+use crate::points::Moment;
 use crate::store::ObjectName;
 use crate::table::Tree;
 use crate::table_page::{LeafWriter, Page};
@@ -32,6 +35,33 @@ fn one_meaning<T: PartialEq + std::fmt::Debug>(
     let mut out = Encoder::new();
     encode(&value, &mut out);
     assert_eq!(decode(&mut Decoder::new(out.finish())), Ok(value));
+    true
+}
+
+/// A moment as somebody types it. What is understood is printed to something that is understood the same.
+pub fn moment(data: &[u8]) -> bool {
+    let Ok(text) = std::str::from_utf8(data) else { return false };
+    let moment = match text.parse::<Moment>() {
+        Ok(moment) => moment,
+        Err(error) => {
+            assert!(!error.why.is_empty() && error.text == text.trim());
+            return false;
+        }
+    };
+    let printed = match &moment {
+        Moment::Latest => "latest".to_owned(),
+        Moment::LatestApplication => "latest-app".to_owned(),
+        Moment::Back(seconds) => format!("-{seconds}s"),
+        Moment::Sequence(sequence) => format!("@{sequence}"),
+        Moment::Marker(name) => name.clone(),
+        // Times are printed to the millisecond.
+        Moment::At(time) => {
+            let printed = WallTime(time.0 - time.0 % 1_000_000).to_string();
+            assert_eq!(printed.parse(), Ok(Moment::At(PointTime(time.0 - time.0 % 1_000_000))), "{text:?}");
+            return true;
+        }
+    };
+    assert_eq!(printed.parse(), Ok(moment), "{text:?}");
     true
 }
 
@@ -170,7 +200,7 @@ mod replay;
 mod tests {
     use super::*;
     use crate::keys::{
-        ObjectNonce, PassphraseCost, ReadSecret, SealedKey, SharedKeys, SigningSecret, SlotKind, SlotOf, VaultId,
+        NameEpoch, NameSwitch, ObjectNonce, PassphraseCost, ReadSecret, SealedKey, SharedKeys, SigningSecret, SlotKind, SlotOf, VaultId,
         VaultSecrets, WriterId, WriterRole,
     };
     use crate::layer::{Host, LayerKind};
@@ -258,6 +288,24 @@ mod tests {
         let signed = |header: &Header| [header.encode(), vec![0; 64]].concat();
         let seeds = seed([("full", signed(&header)), ("bare", signed(&bare))]);
         replay::replay("object_header", object_header, &seeds);
+    }
+
+    #[test]
+    fn moments() {
+        let texts = [
+            ("latest", "latest"),
+            ("app", " latest-app "),
+            ("time", "2026-11-22 14:03:07"),
+            ("fraction", "2026-11-22T14:03:07.000000001Z"),
+            ("minutes", "2024-02-29 23:59 UTC"),
+            ("back", "-90s"),
+            ("days", "-3d"),
+            ("position", "@3.1042"),
+            ("number", "@77"),
+            ("marker", "before the update"),
+        ];
+        let seeds = texts.map(|(name, text)| (name, text.as_bytes().to_vec()));
+        replay::replay("moment", moment, &seeds);
     }
 
     #[test]
@@ -390,7 +438,7 @@ mod tests {
             writer: WriterId([5; 16]),
             fails_from: [(chain, 9)].into(),
             reason: "taken over".into(),
-            name_epoch: 0,
+            names: Some(NameSwitch { epoch: NameEpoch(3), check: [7; 16] }),
         };
         let bytes = |entry: &CatalogEntry| encoded(|out| entry.encode(out));
         let numbered = encoded(|out| {
@@ -413,6 +461,7 @@ mod tests {
         Grant {
             writer: WriterId([1; 16]),
             key: SigningSecret::generate(&Fixed).public(),
+            sealing: ReadSecret::new([3; 32]).public(),
             role: WriterRole::ProcessServer,
             label: "ps1".into(),
             granted_seconds: 1_700_000_000,

@@ -7,11 +7,14 @@
 //!                                                  │
 //!         SharedKeys: index, leaf and name key  ◄──┘   (every granted writer holds them too)
 //! ```
+//! Each revocation begins another epoch of the name key (`name_keys`), of which the revoked writer gets nothing.
+//!
 //! A writer ([`WriterKeys`]) can encrypt data but not decrypt it: each hour it makes a data key, seals it to the read
 //! key's public half, and forgets it when the hour ends. A reader holds [`OpenKeys`], with or without the read secret.
 
 mod grants;
 mod hpke_seal;
+mod name_keys;
 mod open;
 mod recovery_key;
 pub(crate) mod revoked;
@@ -26,7 +29,9 @@ use world::Entropy;
 use zeroize::{Zeroize, ZeroizeOnDrop};
 
 pub use grants::{Authority, Grant, WriterRole};
-pub use hpke_seal::{ReadPublic, ReadSecret, SealedKey};
+pub use hpke_seal::{ReadPublic, ReadSecret, SealedKey, SealingPublic, SealingSecret};
+pub(crate) use name_keys::SealedNameKey;
+pub use name_keys::{NameEpoch, NameSwitch};
 pub use open::OpenKeys;
 pub use recovery_key::{RecoveryKey, RecoveryKeyError};
 pub use revoked::Revocation;
@@ -137,20 +142,26 @@ impl SigningSecret {
         Ed25519KeyPair::from_seed_unchecked(&self.0).expect("every 32 bytes are an Ed25519 seed")
     }
 
+    /// The secret that opens what is sealed to its holder. Derived, so that whoever can sign as a writer can also read what
+    /// is meant for that writer, and there is one secret to keep.
+    pub(crate) fn sealing(&self) -> SealingSecret {
+        SealingSecret::new(blake3::derive_key("farshore writer sealing key v1", &self.0))
+    }
+
     /// The public half.
     pub fn public(&self) -> VerifyingKey {
         VerifyingKey(self.pair().public_key().as_ref().try_into().expect("an Ed25519 public key has 32 bytes"))
     }
 }
 
-/// The keys that the read-key holder and every granted writer share. Key epoch 0; rotation adds further ones.
+/// The keys that the read-key holder and every granted writer share from the beginning.
 #[derive(Debug, Clone)]
 pub struct SharedKeys {
     /// Under which indexes, manifests and the catalog are encrypted.
     pub index: IndexKey,
     /// Under which leaf hashes are stored.
     pub leaf: LeafKey,
-    /// Under which object names are tagged.
+    /// Under which object names are tagged in the first epoch.
     pub name: NameKey,
 }
 

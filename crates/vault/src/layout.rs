@@ -2,7 +2,7 @@
 
 use replication::{ChainId, Generation};
 
-use crate::keys::{VaultId, WriterId};
+use crate::keys::{NameEpoch, VaultId, WriterId};
 use crate::store::ObjectName;
 
 fn name(text: String) -> ObjectName {
@@ -31,6 +31,29 @@ pub fn keys_of(vault: VaultId) -> String {
 /// The shared keys of one epoch.
 pub fn shared_keys(vault: VaultId, epoch: u32) -> ObjectName {
     name(format!("keys/{vault}/shared-{epoch}"))
+}
+
+/// A copy of a later epoch's name key, sealed to a writer or, for the owner, to the read key. Random, so that nobody can
+/// take the name first.
+pub(crate) fn name_key(vault: VaultId, epoch: NameEpoch, to: WriterId, unique: u64) -> ObjectName {
+    match to {
+        WriterId::OWNER => name(format!("keys/{vault}/name-{epoch}-{READER}-{unique:016x}")),
+        writer => name(format!("keys/{vault}/name-{epoch}-{writer}-{unique:016x}")),
+    }
+}
+
+const READER: &str = "read";
+
+/// Which epoch's copy, and to whom, an object with this name is meant to be.
+pub(crate) fn parse_name_key(vault: VaultId, name: &ObjectName) -> Option<(NameEpoch, WriterId)> {
+    let rest = name.as_str().strip_prefix(&keys_of(vault))?.strip_prefix("name-")?;
+    let (epoch, rest) = rest.split_once('-')?;
+    let (to, _) = rest.split_once('-')?;
+    let to = match to {
+        READER => WriterId::OWNER,
+        id => WriterId(id.parse::<ChainId>().ok()?.0),
+    };
+    Some((NameEpoch(epoch.parse().ok()?), to))
 }
 
 /// A key slot.

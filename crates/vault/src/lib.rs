@@ -25,6 +25,7 @@ pub mod layout;
 pub mod limits;
 pub mod manifest;
 pub mod merge;
+mod moment;
 pub mod numbered;
 pub mod object;
 pub mod pack;
@@ -65,6 +66,7 @@ pub use error::{Damage, VaultError};
 pub use heads::{RolledBack, SeenHeads};
 pub use keys::{OpenKeys, RecoveryKey, VaultId, WriterId, WriterKeys, WriterSession};
 pub use manifest::{Delta, Gap, GapClosed, GapScope, GeometryChange, Manifest, ManifestLink};
+pub use moment::MomentError;
 pub use object::{
     Compression, FrameClass, FrameRef, FrameSealer, ObjectBuilder, ObjectKind, ObjectReader, Placement, SealedObject,
 };

@@ -11,10 +11,11 @@ use std::sync::Arc;
 
 use replication::{
     ByteRange, ChainId, Cut, DiskGeometry, DiskId, Generation, MachineId, PointTime, Position, SequenceNumber,
+    StreamHash,
 };
 
 use crate::error::{Damage, VaultError};
-use crate::keys::{Authority, ObjectNonce, OpenKeys, WriterId};
+use crate::keys::{Authority, NameEpoch, NameSwitch, ObjectNonce, OpenKeys, WriterId};
 use crate::layer::LayerRef;
 use crate::limits;
 use crate::numbered::NumberedNames;
@@ -23,7 +24,7 @@ use crate::store::Store;
 
 #[cfg(test)]
 pub(crate) use codec::tests::full;
-pub(crate) use codec::{decode_list, decode_manifest, encode_manifest, list};
+pub(crate) use codec::{decode_list, decode_manifest, decode_option, encode_manifest, list, option};
 pub use generation::GenerationState;
 
 /// Names one manifest exactly.
@@ -31,6 +32,8 @@ pub use generation::GenerationState;
 pub struct ManifestLink {
     /// Its number in the chain; the first is 1.
     pub number: u64,
+    /// The name-key epoch in which it is named.
+    pub epoch: NameEpoch,
     /// Its nonce.
     pub nonce: ObjectNonce,
     /// BLAKE3 of its header, which holds the digest of its body.
@@ -140,10 +143,11 @@ pub struct Defect {
     pub cause: String,
 }
 
-/// A disk's description and the position from which it holds.
+/// A disk's description and the position from which it holds, or behind which the disk is not protected any more
+/// ([`DiskGeometry::is_removal`]).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct GeometryChange {
-    /// From this position on.
+    /// From this position on, or behind it.
     pub sequence: SequenceNumber,
     /// The disk.
     pub geometry: DiskGeometry,
@@ -158,6 +162,9 @@ pub struct Delta {
     pub proven_through: PointTime,
     /// How far the source's clock moved against the receiver's, in nanoseconds.
     pub skew_ns: i64,
+    /// The stream's running hash at `through`, which its sender knows too; `None` if the writer does not know it, or
+    /// nothing of this stream is committed yet.
+    pub stream: Option<StreamHash>,
     /// Tables added.
     pub layers: Vec<LayerRef>,
     /// Positions that can be opened, in order.
@@ -217,8 +224,12 @@ pub struct Manifest {
     pub number: u64,
     /// The manifest it continues. None only for genesis.
     pub parent: Option<ManifestLink>,
-    /// Number of the manifest that opened its generation; its own for an opening.
-    pub opened: u64,
+    /// Number of the manifest that opened its generation, and the name-key epoch in which that is named; its own for an
+    /// opening.
+    pub opened: (u64, NameEpoch),
+    /// The name-key epoch in which every manifest behind this one is named, if it is another one. Only openings begin
+    /// one: an opening takes the last name of the old epoch, so that it fences whoever wrote before.
+    pub names: Option<NameSwitch>,
     /// The generation's last manifest with a checkpoint before this one.
     pub last_checkpoint: Option<CheckpointLink>,
     /// What it means.
@@ -274,7 +285,7 @@ impl Gap {
 }
 
 impl SignedManifest {
-    /// Reads manifest `number` of `chain`.
+    /// Reads manifest `number` of `chain`, named in `epoch`.
     ///
     /// # Errors
     /// [`VaultError::condemns_object`] tells whether the object is invalid for ever; other errors are no verdict.
@@ -283,9 +294,9 @@ impl SignedManifest {
         keys: &OpenKeys,
         names: &NumberedNames,
         chain: ChainId,
-        number: u64,
+        (number, epoch): (u64, NameEpoch),
     ) -> Result<SignedManifest, VaultError> {
-        let name = names.name(number);
+        let name = names.name(number, epoch)?;
         let object = ObjectReader::open_reading(store, keys, &name, limits::MANIFEST_READ_BYTES)?;
         let placement = object.header().placement;
         if placement.kind != ObjectKind::Manifest || placement.chain != chain {
@@ -299,9 +310,14 @@ impl SignedManifest {
         if manifest.number != number {
             return Err(object.damaged(Damage::Contradiction("it states another number than its name")));
         }
+        if let Some(switch) = manifest.names
+            && !keys.accepts(store, switch)?
+        {
+            return Err(VaultError::Foreign { name, reason: "it begins a name-key epoch that the owner never made" });
+        }
         manifest.resolve_layers(&name);
         Ok(SignedManifest {
-            link: ManifestLink { number, nonce: object.header().nonce, digest: object.digest() },
+            link: ManifestLink { number, epoch, nonce: object.header().nonce, digest: object.digest() },
             generation: placement.generation,
             writer,
             authority: keys.authority(store, writer)?,
@@ -316,7 +332,8 @@ impl SignedManifest {
         let Some(parent) = parent else {
             return self.manifest.parent.is_none()
                 && self.generation == Generation(1)
-                && matches!(self.manifest.kind, ManifestKind::Genesis { .. });
+                && matches!(self.manifest.kind, ManifestKind::Genesis { .. })
+                && self.opens_by_name(NameEpoch::FIRST);
         };
         if self.manifest.parent != Some(parent.link) {
             return false;
@@ -331,6 +348,8 @@ impl SignedManifest {
             ManifestKind::Append => {
                 parent.manifest.kind.takes_appends()
                     && self.generation == parent.generation
+                    && self.manifest.names.is_none()
+                    && self.link.epoch == parent.names_behind()
                     && self.writer == parent.writer
                     && self.manifest.opened == parent.manifest.opened
                     && self.manifest.delta.through >= parent.manifest.delta.through
@@ -340,8 +359,25 @@ impl SignedManifest {
 }
 
 impl SignedManifest {
+    /// The name-key epoch in which the next manifest is named if this one counts.
+    pub(crate) fn names_behind(&self) -> NameEpoch {
+        self.manifest.names.map_or(self.link.epoch, |switch| switch.epoch)
+    }
+
+    /// Whether it opened its generation.
+    pub(crate) fn is_opening(&self) -> bool {
+        self.manifest.opened == (self.link.number, self.link.epoch)
+    }
+
     fn opens_after(&self, parent: &SignedManifest) -> bool {
-        self.generation.0 == parent.generation.0.saturating_add(1) && self.manifest.opened == self.link.number
+        self.generation.0 == parent.generation.0.saturating_add(1) && self.opens_by_name(parent.names_behind())
+    }
+
+    /// Whether it calls itself an opening, is named as it has to be, and begins no epoch but a later one.
+    fn opens_by_name(&self, epoch: NameEpoch) -> bool {
+        self.is_opening()
+            && self.link.epoch == epoch
+            && self.manifest.names.is_none_or(|switch| switch.follows(self.link.epoch))
     }
 
     /// A manifest that is only a decision repeats where the chain stands and adds no history.

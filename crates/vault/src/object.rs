@@ -55,9 +55,11 @@ pub enum ObjectKind {
     Watermark,
     /// Reserved: maintenance's own checkpoint across generations.
     Checkpoint,
+    /// The name key of a later epoch, sealed to one recipient.
+    NameKey,
 }
 
-const KINDS: [(ObjectKind, u16); 13] = [
+const KINDS: [(ObjectKind, u16); 14] = [
     (ObjectKind::VaultHeader, 1),
     (ObjectKind::KeySlot, 2),
     (ObjectKind::SharedKeys, 3),
@@ -71,6 +73,7 @@ const KINDS: [(ObjectKind, u16); 13] = [
     (ObjectKind::Condemned, 11),
     (ObjectKind::Watermark, 12),
     (ObjectKind::Checkpoint, 13),
+    (ObjectKind::NameKey, 14),
 ];
 
 impl ObjectKind {

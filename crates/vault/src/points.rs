@@ -6,7 +6,7 @@
 use std::fmt;
 use std::sync::Arc;
 
-use replication::{Cut, CutKind, MarkerKind, PointTime, SequenceNumber};
+use replication::{Cut, CutKind, PointTime, SequenceNumber};
 use world::WallTime;
 
 use crate::chain::{ChainHistory, GenerationHistory};
@@ -95,7 +95,7 @@ pub struct Points<'a> {
 impl<'a> Points<'a> {
     /// The points of the chain whose history is `history`.
     pub fn new(store: &'a Arc<dyn Store>, keys: &'a OpenKeys, history: &'a ChainHistory) -> Points<'a> {
-        let names = NumberedNames::of_chain(&keys.shared().name, history.chain);
+        let names = NumberedNames::of_chain(keys, history.chain);
         Points { store, keys, history, names, gaps: history.gaps() }
     }
 
@@ -345,12 +345,12 @@ impl<'a> Points<'a> {
     }
 
     fn checkpoint(&self, link: &CheckpointLink) -> Result<Checkpoint, VaultError> {
-        let number = link.manifest.number;
-        let manifest = SignedManifest::read(self.store, self.keys, &self.names, self.history.chain, number)?;
+        let place = (link.manifest.number, link.manifest.epoch);
+        let manifest = SignedManifest::read(self.store, self.keys, &self.names, self.history.chain, place)?;
         match manifest.manifest.checkpoint {
             Some(checkpoint) if manifest.link == link.manifest && checkpoint.index == link.index => Ok(*checkpoint),
             _ => Err(VaultError::damaged(
-                &self.names.name(number),
+                &self.names.name(place.0, place.1)?,
                 Damage::Contradiction("it is not the checkpoint that later manifests refer to"),
             )),
         }
@@ -372,7 +372,7 @@ impl Which {
     fn includes(self, cut: &Cut) -> bool {
         match (self, &cut.kind) {
             (Which::All, _) | (Which::Markers, CutKind::Marker { .. }) => true,
-            (Which::Application, CutKind::Marker { kind, .. }) => *kind != MarkerKind::Crash,
+            (Which::Application, CutKind::Marker { kind, .. }) => kind.is_at_rest(),
             _ => false,
         }
     }

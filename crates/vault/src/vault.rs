@@ -10,8 +10,9 @@ use world::{Clock, Entropy};
 
 use crate::error::{Damage, VaultError};
 use crate::keys::{
-    Grant, KeySlot, OpenKeys, OwnerSecret, PassphraseCost, ReadPublic, ReadSecret, RecoveryKey, SealedKey, SharedKeys,
-    SlotKind, SlotOf, VaultId, VaultSecrets, VerifyingKey, WriterId, WriterKeys, WriterRole, WriterSession,
+    Grant, KeySlot, NameEpoch, NameKey, OpenKeys, OwnerSecret, PassphraseCost, ReadPublic, ReadSecret, RecoveryKey,
+    SealedKey, SealedNameKey, SealingPublic, SharedKeys, SigningSecret, SlotKind, SlotOf, VaultId, VaultSecrets,
+    VerifyingKey, WriterId, WriterKeys, WriterRole, WriterSession, revoked,
 };
 use crate::layout;
 use crate::limits;
@@ -371,14 +372,7 @@ impl UnlockedVault {
             let (value, limit) = (label.len() as u64, limits::LABEL_BYTES_MAX as u64);
             return Err(VaultError::LimitExceeded { what: "the label of a writer", value, limit });
         }
-        let signing = crate::keys::SigningSecret::generate(entropy.as_ref());
-        let grant = Grant {
-            writer: WriterId(entropy.bytes()),
-            key: signing.public(),
-            role,
-            label: label.to_owned(),
-            granted_seconds: clock.wall().seconds(),
-        };
+        let (grant, signing) = new_grant(role, label, entropy, clock);
         let session = self.owner_session(entropy, clock)?;
         let mut builder =
             ObjectBuilder::new(&session, Placement::of_vault(ObjectKind::Grant), layout::grant(grant.writer));
@@ -386,7 +380,35 @@ impl UnlockedVault {
         grant.encode(&mut content);
         let root = builder.add(FrameClass::Index, &content.finish(), Compression::None)?;
         builder.finish(Some(root)).put(self.store().as_ref())?;
+        // In this order: a revocation looks at the grants again when its epoch has begun, so one of the two sees the other.
+        self.share_name_keys(&session, &grant)?;
         Ok(self.writer_keys(grant, signing))
+    }
+
+    /// Seals the name key of every epoch that has begun to the writer of `grant`. Copies that it has already do no harm.
+    pub(crate) fn share_name_keys(&self, session: &WriterSession, grant: &Grant) -> Result<(), VaultError> {
+        revoked::refresh(self.store(), &self.keys)?;
+        for (epoch, key) in self.keys.name_keys() {
+            if epoch != NameEpoch::FIRST {
+                self.put_name_key(session, &key, epoch, (grant.writer, grant.sealing))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Stores a copy of the name key of `epoch` that opens for `to`; the owner stands for the read key.
+    pub(crate) fn put_name_key(
+        &self,
+        session: &WriterSession,
+        key: &NameKey,
+        epoch: NameEpoch,
+        (to, public): (WriterId, SealingPublic),
+    ) -> Result<(), VaultError> {
+        let Some(copy) = SealedNameKey::seal(key, epoch, (self.vault.id, to), &public, session.entropy()) else {
+            return Err(VaultError::NotPermitted { writer: to, reason: "the key in its grant cannot be sealed to" });
+        };
+        let name = layout::name_key(self.vault.id, epoch, to, u64::from_le_bytes(session.entropy().bytes()));
+        self.put_clear(session, ObjectKind::NameKey, name, copy.encode())
     }
 
     /// Keys of a writer whose objects never leave this host: no grant of it is in the vault, and whoever is to accept
@@ -398,14 +420,7 @@ impl UnlockedVault {
         entropy: &Arc<dyn Entropy>,
         clock: &Arc<dyn Clock>,
     ) -> WriterKeys {
-        let signing = crate::keys::SigningSecret::generate(entropy.as_ref());
-        let grant = Grant {
-            writer: WriterId(entropy.bytes()),
-            key: signing.public(),
-            role,
-            label: label.to_owned(),
-            granted_seconds: clock.wall().seconds(),
-        };
+        let (grant, signing) = new_grant(role, label, entropy, clock);
         self.writer_keys(grant, signing)
     }
 
@@ -465,6 +480,7 @@ impl UnlockedVault {
         let grant = Grant {
             writer: WriterId::OWNER,
             key: self.vault.owner,
+            sealing: self.vault.read,
             role: WriterRole::Operator,
             label: "owner".into(),
             granted_seconds: self.vault.created_seconds,
@@ -473,7 +489,7 @@ impl UnlockedVault {
         Ok(WriterSession::new(keys, Arc::clone(entropy), Arc::clone(clock)).expect("the vault's read key is its own"))
     }
 
-    fn writer_keys(&self, grant: Grant, signing: crate::keys::SigningSecret) -> WriterKeys {
+    fn writer_keys(&self, grant: Grant, signing: SigningSecret) -> WriterKeys {
         WriterKeys {
             vault: self.vault.id,
             grant,
@@ -517,6 +533,25 @@ impl UnlockedVault {
             ObjectBuilder::new(session, Placement::of_vault(kind), name).finish_with_clear(None, clear);
         Ok(object.put(self.store().as_ref())?)
     }
+}
+
+/// A grant of a new writer, and the key that signs under it.
+fn new_grant(
+    role: WriterRole,
+    label: &str,
+    entropy: &Arc<dyn Entropy>,
+    clock: &Arc<dyn Clock>,
+) -> (Grant, SigningSecret) {
+    let signing = SigningSecret::generate(entropy.as_ref());
+    let grant = Grant {
+        writer: WriterId(entropy.bytes()),
+        key: signing.public(),
+        sealing: signing.sealing().public(),
+        role,
+        label: label.to_owned(),
+        granted_seconds: clock.wall().seconds(),
+    };
+    (grant, signing)
 }
 
 /// Lists every grant of the vault that verifies.

@@ -86,6 +86,8 @@ pub struct VerifyReport {
     pub data_checked: bool,
     /// Damaged objects, by name.
     pub damaged: BTreeMap<ObjectName, DamagedObject>,
+    /// Objects in formats that this program does not know, by name: nothing can be said about them.
+    pub newer: BTreeMap<ObjectName, DamagedObject>,
     /// Objects that nobody with a grant for this vault wrote, and that nothing refers to. They are ignored.
     pub foreign: Vec<(ObjectName, VaultError)>,
     /// Tables that merged ones replaced. Nothing needs them; maintenance will remove them.
@@ -96,9 +98,9 @@ pub struct VerifyReport {
 }
 
 impl VerifyReport {
-    /// Whether nothing is wrong.
+    /// Whether everything is known to be right.
     pub fn is_sound(&self) -> bool {
-        self.damaged.is_empty()
+        self.damaged.is_empty() && self.newer.is_empty()
     }
 }
 
@@ -324,7 +326,11 @@ impl Verifier<'_> {
             VaultError::Locked { .. } => name.clone(),
             _ => return Err(error),
         };
-        let entry = self.report.damaged.entry(name).or_insert(DamagedObject { error, affects: Vec::new() });
+        let found = match error {
+            VaultError::NewerFormat { .. } => &mut self.report.newer,
+            _ => &mut self.report.damaged,
+        };
+        let entry = found.entry(name).or_insert(DamagedObject { error, affects: Vec::new() });
         if let Some(affected) = affected {
             add_affected(&mut entry.affects, affected);
         }

@@ -66,6 +66,7 @@ impl Fixture {
         let grant = Grant {
             writer: WriterId::OWNER,
             key: signing.public(),
+            sealing: read.public(),
             role: WriterRole::ProcessServer,
             label: "test".into(),
             granted_seconds: 0,

@@ -4,19 +4,23 @@
 
 mod support;
 
+use std::collections::BTreeSet;
+
 use bytes::Bytes;
 use proptest::prelude::*;
 use replication::{ByteRange, ChainId, CutKind, DiskId, Generation, MarkerKind, SequenceNumber};
+use support::World;
 use support::fixture::{Fixture, delta, prepare, same};
 use support::history::{BRANCH, CHAIN, MACHINE, cut, second, seq};
 use vault::chain::{Alarm, ChainControl, Phase, list_chains};
-use vault::keys::{ObjectNonce, WriterRole};
+use vault::keys::{NameEpoch, ObjectNonce, WriterRole};
 use vault::manifest::{GapClosed, ManifestKind, ManifestLink};
 use vault::numbered::NumberedNames;
 use vault::points::Which;
+use vault::revoke::revoke_writer;
 use vault::{
     Catalog, CatalogEntry, ChainHistory, ChainTail, ChainWriter, CheckpointWish, Delta, Gap, GapScope, Moment,
-    ObjectName, PointError, Points, PreparedManifest, Store, StoreError, VaultError,
+    ObjectName, OpenKeys, PointError, Points, PreparedManifest, Store, StoreError, VaultError,
 };
 
 #[derive(Debug, Clone)]
@@ -37,6 +41,53 @@ enum Step {
     Litter { byte: u8 },
     /// An operator fails the machine over, or decides on that, perhaps upon an old look at the chain.
     Operate { operator: usize, decision: Decision, stale: bool },
+    /// A writer's grant is revoked, and another writer gets one in its place.
+    Revoke { writer: usize },
+    /// Whoever was revoked puts what it had prepared before.
+    Ghost { ghost: usize },
+    /// Whoever was revoked burns a number at the end of the chain or a little behind it, with the newest name key it has.
+    BurnRevoked { ghost: usize, ahead: u64 },
+}
+
+/// A writer whose grant was revoked, and what it knows.
+struct Ghost {
+    names: NumberedNames,
+    newest: NameEpoch,
+    asleep: Option<(ChainWriter, PreparedManifest)>,
+}
+
+/// What stands under the chain's names and is no part of it, where the chain has come to, and what follows.
+#[derive(Default)]
+struct Oracle {
+    /// Links in the order in which they were won.
+    won: Vec<ManifestLink>,
+    junk: BTreeSet<(u64, NameEpoch)>,
+    /// The epoch in which the next manifest is named, and the one that the next generation leads to.
+    epoch: NameEpoch,
+    newest: NameEpoch,
+}
+
+impl Oracle {
+    /// A generation was opened, or a decision made.
+    fn opened(&mut self, link: ManifestLink) {
+        self.won.push(link);
+        self.epoch = self.newest;
+    }
+
+    fn next_number(&self) -> u64 {
+        let head = self.won.last().expect("not empty").number;
+        (head + 1..).find(|number| !self.junk.contains(&(*number, self.epoch))).expect("numbers do not end")
+    }
+
+    /// In which epoch a number is, or will be, named.
+    fn epoch_at(&self, number: u64) -> NameEpoch {
+        self.won.iter().find(|link| link.number >= number).map_or(self.epoch, |link| link.epoch)
+    }
+
+    /// What burns nothing, because it is named in an epoch that is not that number's.
+    fn retired(&self) -> BTreeSet<(u64, NameEpoch)> {
+        self.junk.iter().copied().filter(|(number, epoch)| self.epoch_at(*number) != *epoch).collect()
+    }
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -61,6 +112,9 @@ fn step() -> impl Strategy<Value = Step> {
         1 => any::<u8>().prop_map(|byte| Step::Litter { byte }),
         3 => (0..2usize, decision(), any::<bool>())
             .prop_map(|(operator, decision, stale)| Step::Operate { operator, decision, stale }),
+        1 => (0..3usize).prop_map(|writer| Step::Revoke { writer }),
+        1 => any::<usize>().prop_map(|ghost| Step::Ghost { ghost }),
+        3 => (any::<usize>(), 0..3u64).prop_map(|(ghost, ahead)| Step::BurnRevoked { ghost, ahead }),
     ]
 }
 
@@ -69,16 +123,19 @@ proptest! {
 
     /// Whatever happens, what a writer was told is committed is in the chain, in order, and nothing else is; a writer
     /// that lost its generation commits nothing; a closed chain takes nothing but a decision on its own close, whoever
-    /// races with whom, and an ended one nothing at all; all ways of reading agree.
+    /// races with whom, and an ended one nothing at all; whoever was revoked burns no number from the next generation on;
+    /// all ways of reading agree, the owner's and the writers'.
     #[test]
     fn the_chain_holds_exactly_what_was_won(steps in prop::collection::vec(step(), 1..40)) {
         let fixture = Fixture::new();
-        let sessions: Vec<_> = (0..3).map(|index| fixture.world.writer(&format!("ps {index}"))).collect();
+        let mut sessions: Vec<_> = (0..3).map(|index| fixture.world.writer(&format!("ps {index}"))).collect();
         let mut writers: Vec<Option<ChainWriter>> = vec![Some(fixture.create(&sessions[0])), None, None];
         let mut asleep: Vec<Option<PreparedManifest>> = vec![None, None, None];
-        // The oracle: links in the order in which they were won, and who holds the chain.
-        let mut won: Vec<ManifestLink> = vec![writers[0].as_ref().expect("made").head()];
+        let mut oracle = Oracle::default();
+        oracle.opened(writers[0].as_ref().expect("made").head());
+        // Who holds the chain.
         let mut holder = Some(0);
+        let mut ghosts: Vec<Ghost> = Vec::new();
         let operators: Vec<_> =
             (0..2).map(|index| fixture.world.writer_as(WriterRole::Operator, &format!("op {index}"))).collect();
         let mut old: Option<ChainHistory> = None;
@@ -100,7 +157,7 @@ proptest! {
                     *fixture.fragile.lose_next_answer.lock().unwrap() = false;
                     prop_assert_eq!(result.is_ok(), holder == Some(index), "{:?}", result);
                     match result {
-                        Ok(()) => won.push(writer.head()),
+                        Ok(()) => oracle.won.push(writer.head()),
                         Err(error) => {
                             let fenced = matches!(error, VaultError::Fenced { .. }) && writer.is_fenced();
                             prop_assert!(fenced, "{}", error);
@@ -117,7 +174,7 @@ proptest! {
                     match writer.put(&prepared) {
                         Ok(()) => {
                             prop_assert_eq!(holder, Some(index));
-                            won.push(writer.head());
+                            oracle.won.push(writer.head());
                         }
                         Err(VaultError::Fenced { .. }) => prop_assert_ne!(holder, Some(index)),
                         Err(VaultError::NumberBurnt { .. }) => {}
@@ -130,9 +187,13 @@ proptest! {
                     let (session, keys) = &sessions[index];
                     let delta = Delta::default();
                     match ChainWriter::open_generation(&fixture.store, session, keys, &forged, "forged", delta) {
-                        Ok(_) => {}
+                        Ok(writer) => drop(oracle.junk.insert((writer.head().number, writer.head().epoch))),
                         // Nobody signs what would not count by its own look at the chain.
                         Err(VaultError::ChainClosed { .. }) => prop_assert!(forged.standing.closed().is_some()),
+                        // The same was forged before, under a name that burns nothing.
+                        Err(VaultError::Fenced { number }) => {
+                            prop_assert!(oracle.retired().contains(&(number, forged.name_epoch)));
+                        }
                         Err(error) => prop_assert!(false, "{}", error),
                     }
                 }
@@ -142,7 +203,7 @@ proptest! {
                     match fixture.open(&sessions[index]) {
                         Ok(writer) => {
                             prop_assert!(!closed);
-                            won.push(writer.head());
+                            oracle.opened(writer.head());
                             writers[index] = Some(writer);
                             asleep[index] = None;
                             holder = Some(index);
@@ -168,7 +229,7 @@ proptest! {
                     match ChainControl::new(&fixture.store, session, keys).decide_after(&look, kind) {
                         Ok(()) => {
                             prop_assert!(fits && look.head == now.head);
-                            won.push(fixture.load().head);
+                            oracle.opened(fixture.load().head);
                             holder = None;
                             old = Some(now);
                         }
@@ -180,10 +241,48 @@ proptest! {
                 Step::Burn { copy } => {
                     let number = fixture.load().next_number;
                     let bytes = match copy {
-                        true => fixture.store.read_all(&fixture.names.name(1)).expect("genesis"),
+                        true => fixture.store.read_all(&fixture.name(1)).expect("genesis"),
                         false => Bytes::from_static(b"nonsense"),
                     };
-                    fixture.store.create(&fixture.names.name(number), &[bytes]).expect("the number is free");
+                    let names = NumberedNames::of_chain(fixture.world.unlocked.keys(), CHAIN);
+                    let name = names.name(number, oracle.epoch).expect("the reader has every key");
+                    fixture.store.create(&name, &[bytes]).expect("the number is free");
+                    oracle.junk.insert((number, oracle.epoch));
+                }
+                Step::Revoke { writer: index } => {
+                    let id = sessions[index].0.keys().writer();
+                    ChainHistory::load(&fixture.store, &sessions[index].1, CHAIN).expect("it is up to date");
+                    let World { unlocked, entropy, clock, .. } = &fixture.world;
+                    let revoked = revoke_writer(unlocked, id, "test", entropy, clock).expect("revoke");
+                    let fenced = holder == Some(index);
+                    prop_assert_eq!(revoked.fenced.as_slice(), if fenced { &[CHAIN][..] } else { &[] });
+                    if fenced {
+                        holder = None;
+                        oracle.opened(fixture.load().head);
+                    }
+                    let (names, newest) = (NumberedNames::of_chain(&sessions[index].1, CHAIN), oracle.newest);
+                    prop_assert!(names.has(newest), "it was told of every epoch before");
+                    let asleep = writers[index].take().zip(asleep[index].take());
+                    ghosts.push(Ghost { names, newest, asleep });
+                    oracle.newest = newest.next();
+                    let late = fixture.open(&sessions[index]);
+                    prop_assert!(matches!(late, Err(VaultError::Revoked { .. })), "it is told");
+                    sessions[index] = fixture.world.writer("another ps");
+                }
+                Step::Ghost { ghost } => {
+                    if ghosts.is_empty() { continue }
+                    let ghost = ghost % ghosts.len();
+                    let Some((mut writer, prepared)) = ghosts[ghost].asleep.take() else { continue };
+                    prop_assert!(writer.put(&prepared).is_err());
+                }
+                Step::BurnRevoked { ghost, ahead } => {
+                    if ghosts.is_empty() { continue }
+                    let ghost = &ghosts[ghost % ghosts.len()];
+                    let number = fixture.load().next_number + ahead;
+                    let name = ghost.names.name(number, ghost.newest).expect("it had this key");
+                    if fixture.store.create(&name, &[Bytes::from_static(b"revenge")]).is_ok() {
+                        oracle.junk.insert((number, ghost.newest));
+                    }
                 }
                 Step::Litter { byte } => {
                     let name = format!("{}{byte:02x}-litter", fixture.names.folder());
@@ -197,11 +296,25 @@ proptest! {
             same(&fast, &complete);
             let followed = tail.read_on(&fixture.store, fixture.world.unlocked.keys()).expect("read on");
             same(&followed.expect("the chain is there"), &complete);
-            prop_assert_eq!(fast.head, *won.last().expect("not empty"));
+            let (session, keys) = &sessions[oracle.won.len() % 3];
+            same(&ChainHistory::load(&fixture.store, keys, CHAIN).expect("a writer loads"), &complete);
+            let fresh = OpenKeys::of_writer(session.keys());
+            same(&ChainHistory::load(&fixture.store, &fresh, CHAIN).expect("it starts anew"), &complete);
+            prop_assert_eq!(fast.head, *oracle.won.last().expect("not empty"));
+            prop_assert_eq!((fast.next_number, fast.name_epoch), (oracle.next_number(), oracle.epoch));
             prop_assert_eq!(fast.standing, complete.standing);
+            let retired: BTreeSet<_> = complete
+                .alarms
+                .iter()
+                .filter_map(|alarm| match alarm {
+                    Alarm::WrongEpoch { number, epoch } => Some((*number, *epoch)),
+                    _ => None,
+                })
+                .collect();
+            prop_assert_eq!(retired, oracle.retired());
             let lost = complete.alarms.iter().any(|alarm| matches!(alarm, Alarm::LostParent { .. }));
             prop_assert!(!lost);
-            for link in &won {
+            for link in &oracle.won {
                 prop_assert!(fast.contains(&fixture.store, fixture.world.unlocked.keys(), link.number, link.nonce).expect("reads"));
             }
         }
@@ -279,7 +392,7 @@ fn damage_in_the_middle_is_an_alarm_and_stops_writers() {
     let fixture = Fixture::new();
     let links = long_chain(&fixture, 20);
     for missing in [false, true] {
-        let name = fixture.names.name(10);
+        let name = fixture.name(10);
         let bytes = fixture.store.read_all(&name).expect("read");
         match missing {
             true => fixture.fragile.remove(&name),
@@ -300,8 +413,8 @@ fn damage_in_the_middle_is_an_alarm_and_stops_writers() {
 fn a_newer_manifest_is_never_skipped() {
     let fixture = Fixture::new();
     let writer = fixture.create(&fixture.world.writer("one"));
-    let name = fixture.names.name(writer.head().number + 1);
-    let mut newer = fixture.store.read_all(&fixture.names.name(1)).expect("genesis").to_vec();
+    let name = fixture.name(writer.head().number + 1);
+    let mut newer = fixture.store.read_all(&fixture.name(1)).expect("genesis").to_vec();
     newer[8] = 9;
     fixture.fragile.set(&name, newer.into());
     let keys = fixture.world.unlocked.keys();
@@ -465,7 +578,7 @@ fn catalog_writers_race_and_all_entries_stay() {
     let sessions: Vec<_> = (0..3).map(|index| fixture.world.writer(&format!("ps {index}"))).collect();
     let mut catalogs: Vec<Catalog> =
         sessions.iter().map(|(_, keys)| Catalog::load(&fixture.store, keys).expect("load")).collect();
-    let names = NumberedNames::of_catalog(&fixture.world.unlocked.keys().shared().name);
+    let names = NumberedNames::of_catalog(fixture.world.unlocked.keys());
     for round in 0..5 {
         for (index, (session, keys)) in sessions.iter().enumerate() {
             let entry = CatalogEntry::Note { text: format!("{round} {index}") };
@@ -473,7 +586,8 @@ fn catalog_writers_race_and_all_entries_stay() {
         }
         // Someone burns a number.
         let next = Catalog::load(&fixture.store, &sessions[0].1).expect("load").next_number;
-        fixture.store.create(&names.name(next), &[Bytes::from_static(b"junk")]).expect("free");
+        let name = names.name(next, NameEpoch::FIRST).expect("the first key");
+        fixture.store.create(&name, &[Bytes::from_static(b"junk")]).expect("free");
     }
     let all = Catalog::load(&fixture.store, &sessions[0].1).expect("load");
     let texts: Vec<String> = all

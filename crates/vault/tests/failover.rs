@@ -97,11 +97,18 @@ fn only_an_operator_fails_a_machine_over_and_only_its_own_kind_writes_a_chain() 
     let mut keys = branch_host.0.keys().clone();
     keys.grant.role = WriterRole::ProcessServer;
     let liar = fixture.world.session_of(keys);
-    fixture.open(&liar).expect("it wins the name");
+    let mut lies = fixture.open(&liar).expect("it wins the name");
     let history = ChainHistory::load_all(&fixture.store, fixture.world.unlocked.keys(), CHAIN).expect("load");
     assert_eq!(history.head, writer.head());
-    let number = writer.head().number + 1;
-    assert_eq!(history.alarms, [Alarm::Unauthorised { number, writer: liar.0.keys().writer() }]);
+    let (number, id) = (writer.head().number + 1, liar.0.keys().writer());
+    assert_eq!(history.alarms, [Alarm::Unauthorised { number, writer: id }]);
+    same(&fixture.load(), &history);
+    // What it puts behind that continues something that was refused: no history is lost, and nobody has to stop for it.
+    let more = delta(&lies);
+    lies.commit(CheckpointWish::Now, |_| Ok(more.clone())).expect("it wins names");
+    let history = ChainHistory::load_all(&fixture.store, fixture.world.unlocked.keys(), CHAIN).expect("load");
+    let rejected = Alarm::Rejected { number: number + 1, writer: id };
+    assert_eq!(history.alarms, [Alarm::Unauthorised { number, writer: id }, rejected]);
     same(&fixture.load(), &history);
     // And it fences nobody.
     let next = delta(&writer);
@@ -177,7 +184,9 @@ fn a_revoked_writer_commits_nothing_more_and_what_it_committed_stays() {
     let other = ChainId([3; 16]);
     let other = ChainWriter::create(&fixture.store, &one.0, &one.1, other, (MACHINE, None), Delta::default());
     assert!(matches!(other, Err(VaultError::Revoked { .. })));
-    catalog.append(&fixture.store, &deaf.1, &deaf.0, &note("after")).expect("the store takes it");
+    // Of the catalog it does not even know the names any more.
+    let after = catalog.append(&fixture.store, &deaf.1, &deaf.0, &note("after"));
+    assert!(matches!(after, Err(VaultError::Revoked { writer }) if writer == id));
     let catalog = Catalog::load(&fixture.store, &two.1).expect("load");
     assert!(catalog.records.iter().any(|record| record.entry == note("before")));
     assert!(!catalog.records.iter().any(|record| record.entry == note("after")));
@@ -222,7 +231,7 @@ fn only_the_owner_revokes() {
         writer: one.0.keys().writer(),
         fails_from: Default::default(),
         reason: "envy".into(),
-        name_epoch: 0,
+        names: None,
     };
     let mut catalog = Catalog::load(&fixture.store, &two.1).expect("load");
     catalog.append(&fixture.store, &two.1, &two.0, &entry).expect("the store takes it");
@@ -253,7 +262,7 @@ fn a_store_that_was_rolled_back_is_noticed() {
     writer.commit(CheckpointWish::WhenDue, |_| Ok(next.clone())).expect("commit");
     assert_eq!(look(), None);
     files.cut_power();
-    fixture.fragile.remove(&fixture.names.name(writer.head().number));
+    fixture.fragile.remove(&fixture.name(writer.head().number));
     let rolled = look().expect("noticed");
     assert_eq!((rolled.seen, rolled.found), (old + 1, old));
     assert!(rolled.to_string().contains("rolled back"), "{rolled}");

@@ -17,7 +17,7 @@ use super::format::{
     FRAME_HEADER_BYTES, FileKey, FileNumber, FrameHeader, HEADER_BYTES, HeaderError, HostKey, SYNC_ALIGN, TAG_BYTES,
     parse_file_name,
 };
-use super::record::{ChainState, OlderFile, Opening, Record};
+use super::record::{ChainState, Manifest, OlderFile, Opening, Record};
 
 /// Bytes read at a time.
 const WINDOW_BYTES: u64 = 1 << 20;
@@ -301,6 +301,7 @@ pub struct ChangeReader {
     pub(super) chain: ChainId,
     pub(super) released: SequenceNumber,
     pub(super) last: SequenceNumber,
+    pub(super) intent: Option<Manifest>,
     /// Files and how many of their bytes count, ascending.
     pub(super) parts: Vec<(FileNumber, u64)>,
 }
@@ -309,6 +310,11 @@ impl ChangeReader {
     /// The newest change of the chain that the journal was ever given, or knows to be committed or dropped.
     pub fn last(&self) -> SequenceNumber {
         self.last
+    }
+
+    /// The manifest that may have been created without anybody's having heard of it.
+    pub fn intent(&self) -> Option<Manifest> {
+        self.intent
     }
 
     /// Leaves out everything up to and including `sequence`.

@@ -255,6 +255,7 @@ impl Journal {
             chain,
             released: self.catalog.chain(chain).map_or_else(Default::default, |state| state.released),
             last: self.catalog.last(chain),
+            intent: self.catalog.chain(chain).and_then(|state| state.intent),
             parts: self.catalog.files_of(chain),
         }
     }

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 
 use replication::receiver::Event;
-use replication::{Change, ChangeKind, Cut, PointTime, SequenceNumber};
+use replication::{Change, ChangeKind, Cut, PointTime, SequenceNumber, StreamHash};
 use vault::chain::ManifestBuilder;
 use vault::layer::{Host, LayerRef};
 use vault::manifest::{Defect, Delta, Gap, GapClosed, GeometryChange};
@@ -31,6 +31,8 @@ use crate::journal::{Manifest as JournalManifest, ManifestNonce, ManifestNumber,
 pub(super) struct Pending {
     pub(super) changes: Vec<Change>,
     pub(super) bytes: u64,
+    /// The stream's hash behind some of the changes: where batches of the sender ended.
+    pub(super) marks: Vec<(SequenceNumber, StreamHash)>,
     /// When the oldest of it arrived.
     pub(super) since: Option<Monotonic>,
     pub(super) cuts: Vec<Cut>,
@@ -94,11 +96,15 @@ impl Pipeline {
         }
         let mut bytes = 0;
         let mut taken = 0;
+        let mut marks = pending.marks.iter().map(|(sequence, _)| *sequence).peekable();
         for (index, change) in pending.changes.iter().enumerate() {
             bytes += change.kind.data_len() as u64;
+            while marks.next_if(|mark| *mark < change.sequence).is_some() {}
             if !change.continues {
                 taken = index + 1;
-                if bytes >= self.services.pace.seal_bytes {
+                // The sender, too, knows the stream's hash where one of its batches ended.
+                let is_marked = marks.peek() == Some(&change.sequence);
+                if bytes >= self.services.pace.seal_bytes && is_marked || bytes >= limit {
                     break;
                 }
             }
@@ -108,6 +114,7 @@ impl Pipeline {
         let rest_bytes = rest.iter().map(|change| change.kind.data_len() as u64).sum();
         let first = Pending {
             bytes: pending.bytes - rest_bytes,
+            marks: pending.marks.extract_if(.., |(sequence, _)| *sequence <= through).collect(),
             since: pending.since,
             cuts: pending.cuts.extract_if(.., |cut| cut.sequence <= through).collect(),
             gaps_opened: pending.gaps_opened.extract_if(.., |gap| gap.after <= through).collect(),
@@ -121,6 +128,7 @@ impl Pipeline {
         self.pending = Pending {
             changes: rest,
             bytes: rest_bytes,
+            marks: pending.marks,
             since: pending.since,
             cuts: pending.cuts,
             gaps_opened: pending.gaps_opened,
@@ -136,6 +144,7 @@ impl Pipeline {
         let newer = std::mem::take(&mut self.pending);
         content.bytes += newer.bytes;
         content.changes.extend(newer.changes);
+        content.marks.extend(newer.marks);
         content.cuts.extend(newer.cuts);
         content.gaps_opened.extend(newer.gaps_opened);
         content.gaps_closed.extend(newer.gaps_closed);
@@ -173,8 +182,11 @@ impl Pipeline {
         }
         layers.extend(content.images.iter().cloned());
         layers.extend(self.merge()?);
+        let through = prepared_through(content, self.writer.through());
+        let known = content.marks.iter().chain(self.past.iter()).chain(self.stream.iter());
         let delta = Delta {
-            through: prepared_through(content, self.writer.through()),
+            through,
+            stream: known.copied().find(|(sequence, _)| *sequence == through).map(|(_, hash)| hash),
             proven_through: self.proven.max(self.writer.proven_through()),
             skew_ns: self.skew_ns,
             layers,
@@ -248,6 +260,7 @@ impl Pipeline {
         match self.writer.put(&flying.prepared) {
             Ok(()) => {
                 self.view = None;
+                self.past = self.writer.stream().map(|hash| (flying.through, hash)).or(self.past);
                 self.proof_committed_at = now;
                 self.record_commit(&flying);
                 events.push(Event::Committed(flying.through));

@@ -6,7 +6,7 @@
 
 use replication::cut::{CutPlanner, PointTime};
 use replication::{ByteRange, DiskGeometry, DiskId, Ranges, Reach, SequenceNumber};
-use vault::manifest::{Gap, GapScope};
+use vault::manifest::{Gap, GapClosed, GapScope, GeometryChange};
 
 use super::Pipeline;
 use crate::ingest::{GAP_NOTE, GapNote};
@@ -34,16 +34,9 @@ impl OpenGap {
         self.scope == GapScope::Machine
     }
 
-    /// Whether none of its disks is there any more: no heal reads them.
-    fn is_of_removed(&self, disks: &[DiskGeometry]) -> bool {
-        let is_there = |disk: &DiskId| disks.iter().any(|known| known.disk == *disk);
-        matches!(&self.scope, GapScope::Disks(lacking) if !lacking.iter().any(is_there))
-    }
-
     /// Whether a heal of `reach` from `p0` on ends it.
     pub(super) fn is_ended_by(&self, p0: SequenceNumber, reach: &Reach, disks: &[DiskGeometry]) -> bool {
         self.after < p0
-            && !self.is_of_removed(disks)
             && match reach {
                 Reach::Machine => true,
                 Reach::Ranges(healed) => !self.is_of_machine() && healed.covers(&ranges_of(&self.scope, disks)),
@@ -51,7 +44,7 @@ impl OpenGap {
     }
 }
 
-/// What a scope names, as ranges; nothing for the whole machine.
+/// What a scope names of these disks, as ranges; nothing for the whole machine.
 pub(super) fn ranges_of(scope: &GapScope, disks: &[DiskGeometry]) -> Ranges {
     let whole = |disk: &DiskId| {
         let known = disks.iter().find(|known| known.disk == *disk)?;
@@ -60,7 +53,10 @@ pub(super) fn ranges_of(scope: &GapScope, disks: &[DiskGeometry]) -> Ranges {
     match scope {
         GapScope::Machine => Ranges::default(),
         GapScope::Disks(lacking) => Ranges::of(lacking.iter().filter_map(whole)),
-        GapScope::Ranges(ranges) => Ranges::of(ranges.iter().copied()),
+        GapScope::Ranges(ranges) => {
+            let is_there = |disk: DiskId| disks.iter().any(|known| known.disk == disk);
+            Ranges::of(ranges.iter().copied().filter(|(disk, _)| is_there(*disk)))
+        }
     }
 }
 
@@ -82,9 +78,14 @@ impl Pipeline {
         self.open_gaps.iter().any(OpenGap::is_of_machine)
     }
 
-    /// The ranges of the gaps that withhold no points.
-    pub(super) fn lacking(&self) -> Ranges {
-        self.ranges_of_gaps(|_| true)
+    /// What is lacking of the disks that a sender names: the ranges of gaps that withhold no points, and disks that are not
+    /// known here, or not any more.
+    pub fn lacking_of(&self, named: &[DiskGeometry]) -> Ranges {
+        let gaps = self.open_gaps.iter().flat_map(|gap| ranges_of(&gap.scope, named).iter().collect::<Vec<_>>());
+        let is_known = |disk: DiskId| self.geometries.iter().any(|known| known.disk == disk);
+        let unknown = named.iter().filter(|disk| !is_known(disk.disk));
+        let unknown = unknown.filter_map(|disk| Some((disk.disk, ByteRange::between(0, disk.size_bytes)?)));
+        Ranges::of(gaps.chain(unknown))
     }
 
     fn ranges_of_gaps(&self, which: impl Fn(&OpenGap) -> bool) -> Ranges {
@@ -123,21 +124,26 @@ impl Pipeline {
         self.touch();
     }
 
-    /// Disks that the sender does not name any more stay in the vault as they were; points from here on say so. One that
-    /// comes back joins like a new one, and its heal ends the gap.
-    pub(super) fn label_removed(&mut self, time: PointTime) {
-        let at = self.journaled;
-        let removed = self.geometries.iter().map(|known| known.disk);
-        let removed = removed.filter(|disk| !self.announced.iter().any(|named| named.disk == *disk));
-        for scope in removed.map(|disk| GapScope::Disks(vec![disk])).collect::<Vec<_>>() {
-            if self.open_gaps.iter().any(|gap| gap.scope == scope) {
-                continue;
-            }
-            self.open_gaps.push(OpenGap { after: at, scope: scope.clone() });
-            let cause = "the disk is no longer protected: it holds what it held then".to_owned();
-            self.pending.gaps_opened.push(Gap { after: at, scope, time, cause, until: None });
-            self.touch();
+    /// Disks that the sender does not name any more end here: points behind this position do not have them, those before do.
+    /// One that comes back joins like a new one. Noted again by the next session if this one does not come to commit it.
+    pub(super) fn note_removed(&mut self, time: PointTime) {
+        let behind = self.writer.generation().base().max(self.journaled);
+        let announced = &self.announced;
+        let is_named = |disk: DiskId| announced.iter().any(|named| named.disk == disk);
+        let removed: Vec<_> = self.geometries.extract_if(.., |known| !is_named(known.disk)).collect();
+        if removed.is_empty() {
+            return;
         }
+        // What only they lacked, nobody misses behind here.
+        let is_over = |gap: &mut OpenGap| !gap.is_of_machine() && ranges_of(&gap.scope, announced).is_empty();
+        let over: Vec<OpenGap> = self.open_gaps.extract_if(.., is_over).collect();
+        let close = |OpenGap { after, scope }| GapClosed { after, scope, until: behind.max(after).next(), time };
+        self.pending.gaps_closed.extend(over.into_iter().map(close));
+        for geometry in removed {
+            tracing::info!(disk = %geometry.disk, position = %behind, "the disk is not protected any more");
+            self.pending.geometries.push(GeometryChange { sequence: behind, geometry: geometry.into_removal() });
+        }
+        self.touch();
     }
 
     /// Point time may stand still for a while after a clock jumped back, so it alone identifies nothing.

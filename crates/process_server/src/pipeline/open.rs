@@ -8,9 +8,10 @@ use std::sync::Arc;
 
 use replication::cut::{CutKind, CutPlanner, PointTime};
 use replication::receiver::{Greeting, Receiver, Remembered, SessionStart, greet};
-use replication::wire::{HealNeed, Hello, Message};
-use replication::{ChainId, DiskId, InstanceId, MachineId, Ranges, Reach, SequenceNumber, StreamHash};
+use replication::wire::{HealNeed, Hello, Message, RefusalCode};
+use replication::{ChainId, InstanceId, MachineId, Reach, SequenceNumber, StreamHash};
 use vault::catalog::{Catalog, CatalogEntry};
+use vault::chain::{GenerationHistory, Phase};
 use vault::keys::ObjectNonce;
 use vault::manifest::{Delta, Gap, GapScope, GeometryChange};
 use vault::view::{ChainView, ViewBelow};
@@ -19,9 +20,9 @@ use world::{Entropy, Monotonic};
 
 use super::commit::Pending;
 use super::gaps::OpenGap;
-use super::{Pipeline, Services};
+use super::{Pipeline, PipelineError, Services};
 use crate::ingest::{GAP_NOTE, ReadBack};
-use crate::journal::{ChainState, Manifest, ManifestNonce, ManifestNumber, Record, Session};
+use crate::journal::{ChainState, JournalError, Manifest, ManifestNonce, ManifestNumber, Record, Session};
 
 /// Why a machine's pipeline could not be opened.
 #[derive(Debug, thiserror::Error)]
@@ -52,12 +53,62 @@ pub enum OpenError {
         /// The failover is committed.
         ended: bool,
     },
+    /// The journal does not take the number of the manifest that is to open a generation.
+    #[error("the journal does not take what is about to be committed for machine {machine}")]
+    Journal {
+        /// The machine.
+        machine: MachineId,
+        /// Why.
+        #[source]
+        source: Arc<JournalError>,
+    },
     /// This server may not write any more.
     #[error(
         "this process server's grant was revoked; join the machine to another one, or grant this server again with \
          `farshore vault grant` after moving its writer.keys aside"
     )]
     Revoked,
+}
+
+/// Why a generation was not opened.
+enum Unopened {
+    Vault(VaultError),
+    Journal(Arc<JournalError>),
+}
+
+impl From<VaultError> for Unopened {
+    fn from(error: VaultError) -> Unopened {
+        Unopened::Vault(error)
+    }
+}
+
+impl Unopened {
+    fn of_machine(self, machine: MachineId) -> OpenError {
+        match self {
+            Unopened::Vault(VaultError::ChainClosed { successor, ended, .. }) => OpenError::Closed { successor, ended },
+            Unopened::Vault(VaultError::Revoked { .. }) => OpenError::Revoked,
+            Unopened::Vault(source) => OpenError::Vault { machine, source },
+            Unopened::Journal(source) => OpenError::Journal { machine, source },
+        }
+    }
+
+    fn of_chain(self, chain: ChainId) -> PipelineError {
+        match self {
+            Unopened::Vault(VaultError::Fenced { .. }) => PipelineError::Fenced { chain },
+            Unopened::Vault(source) => PipelineError::Vault { chain, source },
+            Unopened::Journal(source) => PipelineError::Intent { chain, source },
+        }
+    }
+}
+
+/// Has number and nonce of an opening manifest durable in the journal before it is put. A server that is killed in between,
+/// or does not hear that it won, finds its own generation at the chain's end and knows it: its journal's tail goes on.
+fn announce(services: &Services, chain: ChainId) -> impl FnMut(u64, ObjectNonce) -> Result<(), Unopened> + use<> {
+    let log = Arc::clone(&services.log);
+    move |number, nonce| {
+        let manifest = Manifest { number: ManifestNumber(number), nonce: ManifestNonce(nonce.0) };
+        log.append_durably(Record::Intent { chain, manifest }).map_err(Unopened::Journal)
+    }
 }
 
 /// The answer to a sender's first message.
@@ -88,17 +139,13 @@ impl Pipeline {
         hello: Option<&Hello>,
         journal: impl Fn(ChainId) -> Option<ChainState>,
     ) -> Result<Pipeline, OpenError> {
-        let fail = |source| match source {
-            VaultError::ChainClosed { successor, ended, .. } => OpenError::Closed { successor, ended },
-            VaultError::Revoked { .. } => OpenError::Revoked,
-            source => OpenError::Vault { machine, source },
-        };
-        let chain = chain_of(&services, entropy, machine, hello).map_err(fail)?;
-        let history = ChainHistory::find(&services.store, &services.keys, chain).map_err(fail)?;
-        match history {
-            None => Pipeline::create(services, machine, chain, hello).map_err(fail),
-            Some(history) => Pipeline::resume(services, machine, history, hello, journal(chain)).map_err(fail),
-        }
+        let opened = chain_of(&services, entropy, machine, hello).map_err(Unopened::from).and_then(|chain| {
+            match ChainHistory::find(&services.store, &services.keys, chain)? {
+                None => Pipeline::create(services, machine, chain, hello),
+                Some(history) => Pipeline::resume(services, machine, history, hello, journal(chain)),
+            }
+        });
+        opened.map_err(|error| error.of_machine(machine))
     }
 
     fn create(
@@ -106,7 +153,7 @@ impl Pipeline {
         machine: MachineId,
         chain: ChainId,
         hello: Option<&Hello>,
-    ) -> Result<Pipeline, VaultError> {
+    ) -> Result<Pipeline, Unopened> {
         let geometries = hello.map(|hello| hello.disks.clone()).unwrap_or_default();
         let time = PointTime(services.clock.wall().0);
         let delta = Delta {
@@ -124,7 +171,9 @@ impl Pipeline {
             ..Delta::default()
         };
         let Services { store, session, keys, .. } = &services;
-        let writer = ChainWriter::create(store, session, keys, chain, (machine, None), delta)?;
+        let genesis = (machine, None);
+        let announce = announce(&services, chain);
+        let writer = ChainWriter::create_announced(store, session, keys, chain, genesis, delta, announce)?;
         let mut pipeline = Pipeline::around(services, machine, writer, Vec::new(), None);
         pipeline.open_gaps = vec![OpenGap::of_machine(SequenceNumber(0))];
         pipeline.geometries = geometries;
@@ -138,7 +187,7 @@ impl Pipeline {
         history: ChainHistory,
         hello: Option<&Hello>,
         journal: Option<ChainState>,
-    ) -> Result<Pipeline, VaultError> {
+    ) -> Result<Pipeline, Unopened> {
         let rolled_back = match &journal {
             Some(state) => lacks_committed(state, &history, &services)?,
             None => None,
@@ -151,6 +200,7 @@ impl Pipeline {
         let mut open_gaps: Vec<OpenGap> = gaps.iter().filter(|gap| gap.until.is_none()).map(OpenGap::of).collect();
         let is_in_gap = open_gaps.iter().any(|gap| gap.scope == GapScope::Machine);
         // Nothing is missing if the sender still has all that is not in the vault: a drained move, or a loss without loss.
+        let past = history.stream();
         let handed_over = hello.and_then(|hello| handed_over(hello, &history)).filter(|_| own.is_none() && !is_in_gap);
         // A journal that has seen other changes of these numbers would not take them again.
         let seen = services.log.last(history.chain).unwrap_or(SequenceNumber(u64::MAX));
@@ -171,8 +221,10 @@ impl Pipeline {
         }
         let below = parent_view(&services, &history)?;
         let Services { store, session, keys, .. } = &services;
-        let writer = ChainWriter::open_generation(store, session, keys, &history, reason, delta)?;
+        let announce = announce(&services, history.chain);
+        let writer = ChainWriter::open_generation_announced(store, session, keys, &history, reason, delta, announce)?;
         let mut pipeline = Pipeline::around(services, machine, writer, history.layers(), below);
+        pipeline.past = past;
         pipeline.open_gaps = open_gaps;
         pipeline.known_gaps = gaps.into_iter().map(|gap| (gap.after, gap.time, gap.scope)).collect();
         pipeline.geometries = history.geometry_at(SequenceNumber(u64::MAX));
@@ -191,6 +243,7 @@ impl Pipeline {
                 pipeline.stream = handed_over;
             }
         }
+        pipeline.drop_closed_tail(&history)?;
         pipeline.journal_session();
         Ok(pipeline)
     }
@@ -221,6 +274,7 @@ impl Pipeline {
             replay_through: SequenceNumber(0),
             known_gaps: Vec::new(),
             stream: None,
+            past: None,
             proven: writer.proven_through(),
             skew_ns: 0,
             proof_committed_at: Monotonic(0),
@@ -284,6 +338,26 @@ impl Pipeline {
         }
     }
 
+    /// What was journaled of the parent chain when a failover closed it, and was not committed, never will be: once that is
+    /// decided, its room in the journal is given back.
+    fn drop_closed_tail(&self, history: &ChainHistory) -> Result<(), VaultError> {
+        let Services { store, keys, log, .. } = &self.services;
+        let Some(parent) = history.parent else { return Ok(()) };
+        let journaled = log.last(parent.chain).unwrap_or_default();
+        if journaled == SequenceNumber::default() {
+            return Ok(());
+        }
+        let Some(before) = ChainHistory::find(store, keys, parent.chain)? else { return Ok(()) };
+        if !matches!(before.standing.phase, Phase::Ended(_)) || journaled <= before.through {
+            return Ok(());
+        }
+        let reason = "the machine's history goes on along a branch".to_owned();
+        if let Err(error) = log.append(Record::Dropped { chain: parent.chain, reason }, Box::new(|_| {})) {
+            tracing::warn!(chain = %parent.chain, %error, "the tail of a closed chain could not be dropped");
+        }
+        Ok(())
+    }
+
     fn journal_session(&self) {
         let head = self.writer.head();
         let head = Manifest { number: ManifestNumber(head.number), nonce: ManifestNonce(head.nonce.0) };
@@ -309,17 +383,23 @@ impl Pipeline {
         hello: &Hello,
         machine: MachineId,
         live: Option<InstanceId>,
-    ) -> Result<Greeted, VaultError> {
+    ) -> Result<Greeted, PipelineError> {
+        self.answer(hello, machine, live).map_err(|error| error.of_chain(self.chain))
+    }
+
+    fn answer(&mut self, hello: &Hello, machine: MachineId, live: Option<InstanceId>) -> Result<Greeted, Unopened> {
+        if let Some(reason) = self.left_behind(hello)? {
+            return Ok(Greeted::Refused(Message::Refuse { code: RefusalCode::NotAuthorised, reason }));
+        }
         let empty = self.earlier.is_empty() && self.writer.state().layers.is_empty() && self.below.is_none();
-        let named = |disk: DiskId| hello.disks.iter().any(|known| known.disk == disk);
         let known = Remembered {
             machine,
             chain: self.chain,
             stream: self.stream.filter(|(sequence, _)| *sequence == self.journaled),
             committed: self.writer.through(),
+            past: self.past,
             incomplete: self.is_in_gap(),
-            // What a disk lacks that is not there any more is no sender's business.
-            lacking: Ranges::of(self.lacking().iter().filter(|(disk, _)| named(*disk))),
+            lacking: self.lacking_of(&hello.disks),
             last_boot: self.last_boot,
             live,
             empty,
@@ -359,7 +439,7 @@ impl Pipeline {
         if !self.pending.geometries.is_empty() {
             self.touch();
         }
-        self.label_removed(self.last_point.max(PointTime(self.services.clock.wall().0)));
+        self.note_removed(self.last_point.max(PointTime(self.services.clock.wall().0)));
         let (_, hash) = self.stream.unwrap_or((self.journaled, StreamHash::default()));
         let start = SessionStart {
             chain: self.chain,
@@ -367,6 +447,7 @@ impl Pipeline {
             journaled: self.journaled,
             hash,
             committed: self.writer.through(),
+            past: self.past,
             last_point: self.last_point,
             planner: self.planner.clone(),
             continues,
@@ -381,9 +462,26 @@ impl Pipeline {
         Ok(Greeted::Accepted(Box::new(receiver), welcome))
     }
 
+    /// Why a run of the agent that was capturing while its machine's chain was closed is not taken up on the chain that came
+    /// home instead: a comparison would make its disks, which nobody brought anything home to, the machine's newest state.
+    fn left_behind(&self, hello: &Hello) -> Result<Option<String>, VaultError> {
+        let Some(before) = hello.followed.filter(|chain| *chain != self.chain) else { return Ok(None) };
+        let Some(history) = ChainHistory::find(&self.services.store, &self.services.keys, before)? else {
+            return Ok(None);
+        };
+        Ok(history.standing.closed().map(|_| {
+            format!(
+                "the history of this machine was closed while this agent ran, and goes on along the branch {} that was brought \
+                 home; the disks here are not what came home, and what is written to them is not recorded: stop this agent, \
+                 and start the machine's agent anew on the disks that the branch was written to",
+                self.chain
+            )
+        }))
+    }
+
     /// Continuity is lost: everything so far is committed, then the next generation begins with a gap. `false` while
     /// something is still to be committed.
-    fn renew(&mut self, cause: &str) -> Result<bool, VaultError> {
+    fn renew(&mut self, cause: &str) -> Result<bool, Unopened> {
         if !self.is_in_gap() {
             // Complete requests up to here are a legal prefix: its end can still be opened.
             if let Some(cut) = self.planner.close(CutKind::GenerationEnd) {
@@ -400,10 +498,11 @@ impl Pipeline {
         let Services { store, session, keys, .. } = &self.services;
         let history = ChainHistory::load(store, keys, self.chain)?;
         if history.head != self.writer.head() {
-            return Err(VaultError::Fenced { number: history.head.number });
+            return Err(VaultError::Fenced { number: history.head.number }.into());
         }
         self.earlier = history.layers();
-        self.writer = ChainWriter::open_generation(store, session, keys, &history, cause, Delta::default())?;
+        let (delta, announce) = (Delta::default(), announce(&self.services, self.chain));
+        self.writer = ChainWriter::open_generation_announced(store, session, keys, &history, cause, delta, announce)?;
         self.view = None;
         self.planner = CutPlanner::default();
         self.stream = Some((self.journaled, StreamHash::default()));
@@ -413,12 +512,13 @@ impl Pipeline {
 }
 
 /// What the sender's stream is at the vault's end, if it still has everything that comes after: it was told that this much
-/// is durable, and no more.
+/// is durable, and no more, and both know the same hash of the stream up to there.
 fn handed_over(hello: &Hello, history: &ChainHistory) -> Option<(SequenceNumber, StreamHash)> {
     let resume = hello.resume.as_ref()?;
     let goes_on = resume.chain == history.chain
         && resume.generation <= history.generation().generation
-        && resume.released == history.through;
+        && resume.released == history.through
+        && history.stream() == Some((resume.released, resume.hash));
     goes_on.then_some((resume.released, resume.hash))
 }
 
@@ -443,12 +543,35 @@ fn lacks_committed(
 /// Whether the journal's tail continues the chain's head: the last generation is the journal's own session's, by this
 /// writer, and nobody came between.
 fn continues(state: &ChainState, history: &ChainHistory, services: &Services) -> bool {
-    let last = history.generation();
-    let ours = last.writer == services.session.keys().writer();
-    state.dropped.is_none()
-        && ours
-        && state.session.is_some_and(|session| session.generation == last.generation)
-        && state.last >= history.through
+    let ours = services.session.keys().writer();
+    let of_session = |last: &GenerationHistory| {
+        last.writer == ours && state.session.is_some_and(|session| session.generation == last.generation)
+    };
+    if state.dropped.is_some() || state.last < history.through {
+        return false;
+    }
+    match &history.generations[..] {
+        [.., last] if of_session(last) => true,
+        // Opened behind that session to go on with this very tail, by a server that was killed then, or did not hear that it
+        // had won. Without a tail nothing tells it from the beginning of another stream.
+        [.., session, last] => {
+            of_session(session)
+                && last.writer == ours
+                && last.opened == history.head.number
+                && is_intended(state, history, services)
+                && state.released <= history.through
+                && state.last > history.through
+        }
+        _ => false,
+    }
+}
+
+/// Whether the head is the manifest that the journal knows to have been on its way.
+fn is_intended(state: &ChainState, history: &ChainHistory, services: &Services) -> bool {
+    // The journal knows it even if this process itself put it, after the state was recovered.
+    let intent = services.log.intent(history.chain).unwrap_or_default().or(state.intent);
+    let head = history.head;
+    intent.is_some_and(|intent| intent.number.0 == head.number && intent.nonce.0 == head.nonce.0)
 }
 
 fn chain_of(

@@ -95,6 +95,7 @@ fn receiver(size: u64) -> Receiver {
         now: SourceTime(1),
         started: crate::PointTime(0),
         lacking: crate::Ranges::default(),
+        followed: None,
     };
     let start = SessionStart {
         chain: ChainId([1; 16]),
@@ -102,6 +103,7 @@ fn receiver(size: u64) -> Receiver {
         journaled: Generation(1).base(),
         hash: StreamHash::default(),
         committed: SequenceNumber(0),
+        past: None,
         last_point: PointTime(0),
         planner: CutPlanner::default(),
         continues: false,

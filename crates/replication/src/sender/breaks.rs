@@ -56,6 +56,7 @@ impl Sender {
     /// Forgets what was not journaled: the maps name it.
     pub(super) fn lose_stream(&mut self, cause: &str, out: &mut Vec<Action>) {
         self.unreleased.clear();
+        self.past.forget();
         self.sent = 0;
         self.sent_bytes = 0;
         self.chain = None;

@@ -69,6 +69,9 @@ pub struct Hello {
     pub started: PointTime,
     /// Ranges that the sender still lacks although its stream is whole: their own heal is to come.
     pub lacking: Ranges,
+    /// The chain that this very run of the sender was last welcomed to; `None` before its first session. A run that was
+    /// capturing while its machine's history moved to another chain captures disks that the history did not move to.
+    pub followed: Option<ChainId>,
 }
 
 /// First message of a receiver that accepts.
@@ -88,6 +91,9 @@ pub struct Welcome {
     pub hash: StreamHash,
     /// Everything up to here is in the vault.
     pub committed: SequenceNumber,
+    /// A position up to which the vault holds the stream, and the stream's hash there: compared by every sender that knows
+    /// the hash at this position.
+    pub past: Option<(SequenceNumber, StreamHash)>,
     /// What the stream needs before it is whole.
     pub need: HealNeed,
     /// The receiver holds nothing of these disks: whatever is not zero can be sent without asking.
@@ -262,6 +268,10 @@ pub enum Message {
     Ping,
     /// I am.
     Pong,
+    /// The sender's machine as recovery will need to know it, a JSON document. Said whenever it likes; not part of the stream.
+    Describe {
+        document: String,
+    },
     /// Sender's orderly good-bye.
     Bye {
         reason: String,

@@ -10,14 +10,15 @@
 
 use std::sync::Arc;
 
-use replication::{ChainId, Generation, MachineId, PointTime, Position, SequenceNumber};
+use replication::{ChainId, Generation, MachineId, PointTime, Position, SequenceNumber, StreamHash};
 
 use super::walk::{ChainReader, Judged};
 use super::{Alarm, ChainHistory, Standing};
 use crate::error::VaultError;
-use crate::keys::{ObjectNonce, OpenKeys, WriterSession};
+use crate::keys::{NameEpoch, NameSwitch, ObjectNonce, OpenKeys, WriterSession};
 use crate::limits;
 use crate::manifest::{Delta, GenerationState, Manifest, ManifestKind, ManifestLink, decode_manifest, encode_manifest};
+use crate::numbered::NumberedNames;
 use crate::object::{Compression, FrameClass, ObjectBuilder, ObjectKind, Placement, SealedObject};
 use crate::store::{Store, StoreError};
 
@@ -28,10 +29,15 @@ pub struct ChainWriter {
     keys: Arc<OpenKeys>,
     chain: ChainId,
     generation: Generation,
-    opened: u64,
+    opened: (u64, NameEpoch),
     head: ManifestLink,
     next_number: u64,
+    /// The epoch in which the next manifest is named.
+    epoch: NameEpoch,
+    /// The epoch that the opening begins.
+    begins: Option<NameSwitch>,
     through: SequenceNumber,
+    stream: Option<StreamHash>,
     proven_through: PointTime,
     state: GenerationState,
     standing: Option<Standing>,
@@ -43,6 +49,7 @@ pub struct ManifestBuilder {
     /// The object that will be the manifest.
     pub object: ObjectBuilder<'static>,
     number: u64,
+    epoch: NameEpoch,
 }
 
 /// A finished manifest, ready to be put. Journal its number and nonce first, then put these very bytes, as often as it
@@ -52,6 +59,7 @@ pub struct PreparedManifest {
     pub number: u64,
     /// Its nonce.
     pub nonce: ObjectNonce,
+    epoch: NameEpoch,
     object: SealedObject,
     manifest: Manifest,
 }
@@ -68,7 +76,8 @@ impl PreparedManifest {
     }
 
     fn link(&self) -> ManifestLink {
-        ManifestLink { number: self.number, nonce: self.object.nonce, digest: self.object.digest }
+        let SealedObject { nonce, digest, .. } = self.object;
+        ManifestLink { number: self.number, epoch: self.epoch, nonce, digest }
     }
 }
 
@@ -99,8 +108,24 @@ impl ChainWriter {
         genesis: (MachineId, Option<Position>),
         delta: Delta,
     ) -> Result<ChainWriter, VaultError> {
+        ChainWriter::create_announced(store, session, keys, chain, genesis, delta, |_, _| Ok(()))
+    }
+
+    /// As [`ChainWriter::create`]; `announce` is told number and nonce before each attempt to put the manifest.
+    ///
+    /// # Errors
+    /// As [`ChainWriter::create`], and those of `announce`.
+    pub fn create_announced<E: From<VaultError>>(
+        store: &Arc<dyn Store>,
+        session: &Arc<WriterSession>,
+        keys: &Arc<OpenKeys>,
+        chain: ChainId,
+        genesis: (MachineId, Option<Position>),
+        delta: Delta,
+        announce: impl FnMut(u64, ObjectNonce) -> Result<(), E>,
+    ) -> Result<ChainWriter, E> {
         let kind = ManifestKind::Genesis { machine: genesis.0, parent: genesis.1 };
-        ChainWriter::open_with(store, session, keys, (chain, Generation(1)), None, kind, delta)
+        ChainWriter::open_with(store, session, keys, (chain, Generation(1)), None, (kind, delta), announce)
     }
 
     /// Opens the next generation of the chain whose head is `history`. Whether a journaled tail may be committed
@@ -118,6 +143,23 @@ impl ChainWriter {
         reason: &str,
         delta: Delta,
     ) -> Result<ChainWriter, VaultError> {
+        ChainWriter::open_generation_announced(store, session, keys, history, reason, delta, |_, _| Ok(()))
+    }
+
+    /// As [`ChainWriter::open_generation`]; `announce` is told number and nonce before each attempt to put the manifest, so
+    /// that whoever writes them down can tell after a lost answer that the generation is its own.
+    ///
+    /// # Errors
+    /// As [`ChainWriter::open_generation`], and those of `announce`.
+    pub fn open_generation_announced<E: From<VaultError>>(
+        store: &Arc<dyn Store>,
+        session: &Arc<WriterSession>,
+        keys: &Arc<OpenKeys>,
+        history: &ChainHistory,
+        reason: &str,
+        delta: Delta,
+        announce: impl FnMut(u64, ObjectNonce) -> Result<(), E>,
+    ) -> Result<ChainWriter, E> {
         let chain = history.chain;
         let before = checked(history)?;
         let kind = ManifestKind::OpenGeneration { reason: cut_text(reason), base: history.through };
@@ -126,7 +168,7 @@ impl ChainWriter {
             proven_through: delta.proven_through.max(history.proven_through),
             ..delta
         };
-        ChainWriter::open_with(store, session, keys, (chain, before.next()), Some(history), kind, delta)
+        ChainWriter::open_with(store, session, keys, (chain, before.next()), Some(history), (kind, delta), announce)
     }
 
     /// Puts a decision about the chain behind `history`, under a generation of its own that takes no history.
@@ -145,43 +187,54 @@ impl ChainWriter {
             ..Delta::default()
         };
         let place = (history.chain, before.next());
-        ChainWriter::open_with(store, session, keys, place, Some(history), kind, delta).map(drop)
+        ChainWriter::open_with(store, session, keys, place, Some(history), (kind, delta), |_, _| Ok(())).map(drop)
     }
 
-    fn open_with(
+    fn open_with<E: From<VaultError>>(
         store: &Arc<dyn Store>,
         session: &Arc<WriterSession>,
         keys: &Arc<OpenKeys>,
         (chain, generation): (ChainId, Generation),
         history: Option<&ChainHistory>,
-        kind: ManifestKind,
-        delta: Delta,
-    ) -> Result<ChainWriter, VaultError> {
+        (kind, delta): (ManifestKind, Delta),
+        mut announce: impl FnMut(u64, ObjectNonce) -> Result<(), E>,
+    ) -> Result<ChainWriter, E> {
         let parent = history.map(|history| history.head);
         let next_number = history.map_or(1, |history| history.next_number);
         let standing = history.map(|history| history.standing);
         crate::keys::revoked::refresh(store, keys)?;
         admit(session, keys, chain, standing, &kind, next_number)?;
-        let nothing = ManifestLink { number: 0, nonce: ObjectNonce([0; 16]), digest: [0; 32] };
+        let nothing =
+            ManifestLink { number: 0, epoch: NameEpoch::FIRST, nonce: ObjectNonce([0; 16]), digest: [0; 32] };
+        let epoch = history.map_or(NameEpoch::FIRST, |history| history.name_epoch);
+        let names = NumberedNames::of_chain(keys, chain);
+        if !names.has(epoch) {
+            return Err(VaultError::NameKeyMissing { epoch }.into());
+        }
+        let begins = keys.newest_names().filter(|switch| switch.follows(epoch) && names.has(switch.epoch));
         let mut writer = ChainWriter {
             store: Arc::clone(store),
             session: Arc::clone(session),
             keys: Arc::clone(keys),
             chain,
             generation,
-            opened: next_number,
+            opened: (next_number, epoch),
             head: parent.unwrap_or(nothing),
             next_number,
+            epoch,
+            begins,
             through: SequenceNumber(0),
+            stream: None,
             proven_through: PointTime(0),
             state: GenerationState::default(),
             standing,
             fenced: None,
         };
         loop {
-            writer.opened = writer.next_number;
+            writer.opened.0 = writer.next_number;
             let builder = writer.begin();
             let prepared = writer.seal(builder, parent, kind.clone(), delta.clone(), false)?;
+            announce(prepared.number, prepared.nonce)?;
             if writer.attempt(&prepared, parent)? {
                 return Ok(writer);
             }
@@ -208,6 +261,11 @@ impl ChainWriter {
         self.through
     }
 
+    /// The stream's running hash there, as the newest manifest states it.
+    pub fn stream(&self) -> Option<StreamHash> {
+        self.stream
+    }
+
     /// The moment through which the source is proven to have written nothing else.
     pub fn proven_through(&self) -> PointTime {
         self.proven_through
@@ -230,12 +288,13 @@ impl ChainWriter {
 
     /// Begins the next manifest.
     pub fn begin(&self) -> ManifestBuilder {
-        let names = crate::numbered::NumberedNames::of_chain(&self.keys.shared().name, self.chain);
+        let names = NumberedNames::of_chain(&self.keys, self.chain);
         let placement = Placement::on_chain(ObjectKind::Manifest, self.chain, self.generation);
-        let name = names.name(self.next_number);
+        let name = names.name(self.next_number, self.epoch).expect("the key was at hand when the generation was opened");
         ManifestBuilder {
             object: ObjectBuilder::shared(Arc::clone(&self.session), placement, name),
             number: self.next_number,
+            epoch: self.epoch,
         }
     }
 
@@ -298,10 +357,13 @@ impl ChainWriter {
         delta: Delta,
         checkpoint: bool,
     ) -> Result<PreparedManifest, VaultError> {
+        let (number, epoch) = (builder.number, builder.epoch);
+        let is_opening = self.opened == (number, epoch);
         let manifest = Manifest {
-            number: builder.number,
+            number,
             parent,
             opened: self.opened,
+            names: self.begins.filter(|_| is_opening),
             last_checkpoint: self.state.last_checkpoint(),
             checkpoint: checkpoint.then(|| Box::new(self.state.checkpoint_with(&delta))),
             kind,
@@ -318,7 +380,7 @@ impl ChainWriter {
         }
         let root = builder.object.add(FrameClass::Index, &bytes, Compression::Fast)?;
         let object = builder.object.finish(Some(root));
-        Ok(PreparedManifest { number: builder.number, nonce: object.nonce, object, manifest })
+        Ok(PreparedManifest { number, nonce: object.nonce, epoch, object, manifest })
     }
 
     /// Tries to win `prepared`'s name. `false` if the number is burnt; the writer has moved on to the next then.
@@ -342,7 +404,9 @@ impl ChainWriter {
                 assert!(self.standing.is_some(), "a writer puts what it may put");
                 self.head = prepared.link();
                 self.next_number += 1;
+                self.epoch = prepared.manifest.names.map_or(self.epoch, |switch| switch.epoch);
                 self.through = prepared.manifest.delta.through;
+                self.stream = prepared.manifest.delta.stream;
                 self.proven_through = prepared.manifest.delta.proven_through;
                 // Layers in the manifest itself are known by its name from now on.
                 let mut manifest = prepared.manifest.clone();
@@ -360,7 +424,7 @@ impl ChainWriter {
     /// What took the name?
     fn look_at(&mut self, number: u64, parent: Option<ManifestLink>) -> Result<Attempt, VaultError> {
         let reader = ChainReader::new(&self.store, &self.keys, self.chain);
-        let fences = match reader.judge(number)? {
+        let fences = match reader.judge(number, self.epoch)? {
             Judged::Invalid(_) => false,
             // Whoever names our head as its parent counts instead of us, if it is that writer's turn.
             Judged::Signed(manifest) if manifest.manifest.parent == parent => {
@@ -416,7 +480,7 @@ fn admit(
     if keys.with_revocations(|known| known.fails_from(writer, chain)).is_some_and(|from| number >= from) {
         return Err(VaultError::Revoked { writer });
     }
-    let link = ManifestLink { number, nonce: ObjectNonce([0; 16]), digest: [0; 32] };
+    let link = ManifestLink { number, epoch: NameEpoch::FIRST, nonce: ObjectNonce([0; 16]), digest: [0; 32] };
     match standing {
         None if Standing::begun(kind, authority).is_some() => Ok(()),
         None => Err(VaultError::NotPermitted {

@@ -2,7 +2,7 @@
 
 use replication::codec::{DecodeError, Decoder, Encoder};
 
-use super::{VerifyingKey, WriterId};
+use super::{ReadPublic, SealingPublic, VerifyingKey, WriterId};
 use crate::limits;
 
 /// What a writer is for. What each may write is judged in `chain/standing.rs` and in the catalog.
@@ -52,6 +52,8 @@ pub struct Grant {
     pub writer: WriterId,
     /// The key its objects are signed with.
     pub key: VerifyingKey,
+    /// Later name keys are sealed to it.
+    pub sealing: SealingPublic,
     /// What it is for.
     pub role: WriterRole,
     /// Its name for people, such as a host name.
@@ -72,6 +74,7 @@ impl Grant {
     pub(crate) fn encode(&self, out: &mut Encoder) {
         out.raw(&self.writer.0)
             .raw(&self.key.0)
+            .raw(&self.sealing.0)
             .u8(match self.role {
                 WriterRole::ProcessServer => 1,
                 WriterRole::BranchHost => 2,
@@ -88,6 +91,7 @@ impl Grant {
         let grant = Grant {
             writer: WriterId(input.array("writer id")?),
             key: VerifyingKey(input.array("writer key")?),
+            sealing: ReadPublic(input.array("writer's sealing key")?),
             role: match input.u8("writer role")? {
                 1 => WriterRole::ProcessServer,
                 2 => WriterRole::BranchHost,

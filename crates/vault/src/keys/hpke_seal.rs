@@ -1,4 +1,4 @@
-//! Sealing to the read key: HPKE base mode, DHKEM(X25519, HKDF-SHA256), HKDF-SHA256, AES-256-GCM (RFC 9180).
+//! Sealing to the read key, or to a writer: HPKE base mode, DHKEM(X25519, HKDF-SHA256), HKDF-SHA256, AES-256-GCM (RFC 9180).
 
 use std::fmt;
 
@@ -21,6 +21,11 @@ secret! {
 /// The public half of a [`ReadSecret`]: all that a writer needs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ReadPublic(pub [u8; 32]);
+
+/// Opens what is sealed to one writer.
+pub type SealingSecret = ReadSecret;
+/// The public half of a [`SealingSecret`], as the writer's grant names it.
+pub type SealingPublic = ReadPublic;
 
 /// A secret sealed to a read key: encapsulated key (32 bytes), then ciphertext and tag.
 #[derive(Clone, PartialEq, Eq, Hash)]

@@ -1,5 +1,7 @@
 //! What a reader holds.
 
+mod names;
+
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt;
 use std::sync::{Arc, Mutex, RwLock};
@@ -9,8 +11,8 @@ use replication::codec::Decoder;
 use super::revoked::Revocations;
 use super::writer::{DATA_KEY_INFO, data_key_associated};
 use super::{
-    Authority, DataKey, Grant, ReadSecret, Revocation, SealedKey, SharedKeys, VaultId, VerifyingKey, WriterId,
-    WriterKeys,
+    Authority, DataKey, Grant, NameEpoch, NameKey, ReadSecret, Revocation, SealedKey, SealingSecret, SharedKeys, VaultId,
+    VerifyingKey, WriterId, WriterKeys,
 };
 use crate::error::{Damage, VaultError};
 use crate::layout;
@@ -25,6 +27,10 @@ pub struct OpenKeys {
     owner: VerifyingKey,
     shared: SharedKeys,
     read: Option<ReadSecret>,
+    /// The writer whose keys these are, and what opens what is sealed to it.
+    writer: Option<(WriterId, SealingSecret)>,
+    /// Name keys of the epochs that were met so far.
+    names: Mutex<BTreeMap<NameEpoch, NameKey>>,
     grants: RwLock<HashMap<WriterId, Grant>>,
     revocations: Mutex<Revocations>,
     /// Unsealing costs an X25519 operation; a writer uses one sealed key for an hour.
@@ -42,11 +48,14 @@ impl fmt::Debug for OpenKeys {
 
 impl OpenKeys {
     pub(crate) fn new(vault: VaultId, owner: VerifyingKey, shared: SharedKeys, read: Option<ReadSecret>) -> OpenKeys {
+        let names = Mutex::new(BTreeMap::from([(NameEpoch::FIRST, shared.name.clone())]));
         OpenKeys {
             vault,
             owner,
             shared,
             read,
+            writer: None,
+            names,
             grants: RwLock::new(HashMap::new()),
             revocations: Mutex::default(),
             data_keys: Mutex::new(HashMap::new()),
@@ -56,7 +65,8 @@ impl OpenKeys {
 
     /// What a writer can read by itself: everything but disk data.
     pub fn of_writer(keys: &WriterKeys) -> OpenKeys {
-        OpenKeys::new(keys.vault, keys.owner_public, keys.shared.clone(), None)
+        let writer = Some((keys.writer(), keys.signing.sealing()));
+        OpenKeys { writer, ..OpenKeys::new(keys.vault, keys.owner_public, keys.shared.clone(), None) }
     }
 
     /// The vault they open.

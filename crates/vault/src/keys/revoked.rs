@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use replication::ChainId;
 
-use super::{OpenKeys, WriterId};
+use super::{NameEpoch, NameSwitch, OpenKeys, WriterId};
 use crate::catalog::{CatalogEntry, read_entry};
 use crate::error::VaultError;
 use crate::numbered::NumberedNames;
@@ -25,6 +25,8 @@ pub struct Revocation {
 pub(crate) struct Revocations {
     next_entry: u64,
     of: BTreeMap<WriterId, Revocation>,
+    /// Name-key epochs that revocations began, without the first.
+    begun: BTreeMap<NameEpoch, NameSwitch>,
 }
 
 impl Revocations {
@@ -38,12 +40,28 @@ impl Revocations {
         self.of.get(&writer).map(|revocation| revocation.fails_from.get(&chain).copied().unwrap_or(1))
     }
 
-    /// Notes what entry `number` says; entries are noted in order.
-    pub(crate) fn note(&mut self, number: u64, entry: Option<&CatalogEntry>) {
+    /// Whether the grant of `writer` has ended.
+    pub(crate) fn is_revoked(&self, writer: WriterId) -> bool {
+        self.of.contains_key(&writer)
+    }
+
+    /// The epoch that the newest revocation began; `None` in the first.
+    pub(crate) fn newest(&self) -> Option<NameSwitch> {
+        self.begun.values().next_back().copied()
+    }
+
+    /// How `epoch` began, if it has.
+    pub(crate) fn begun(&self, epoch: NameEpoch) -> Option<NameSwitch> {
+        self.begun.get(&epoch).copied()
+    }
+
+    /// Notes what entry `number` says, and the epoch that it begins; entries are noted in order.
+    pub(crate) fn note(&mut self, number: u64, entry: Option<&CatalogEntry>, begins: Option<NameSwitch>) {
         if number != self.next_entry.max(1) {
             return;
         }
         self.next_entry = number + 1;
+        self.begun.extend(begins.map(|switch| (switch.epoch, switch)));
         if let Some(CatalogEntry::GrantRevoked { writer, fails_from, .. }) = entry {
             let revocation = Revocation { entry: number, fails_from: fails_from.clone() };
             // Said again, the numbers may be corrected; the entry from which the grant fails stays the first.
@@ -57,17 +75,52 @@ impl Revocations {
     }
 }
 
-/// Reads what the catalog says beyond what `keys` know. One request if there is nothing new.
+/// Reads what the catalog says beyond what `keys` know. One request if there is nothing new. Whoever comes back from here
+/// without an error holds the name key of every epoch that has begun.
+///
+/// # Errors
+/// Those of the store; [`VaultError::Revoked`] and [`VaultError::NameKeyMissing`] if the catalog goes on under a name key
+/// that these keys do not open.
 pub(crate) fn refresh(store: &Arc<dyn Store>, keys: &OpenKeys) -> Result<(), VaultError> {
-    let names = NumberedNames::of_catalog(&keys.shared().name);
     loop {
         let number = keys.with_revocations(|known| known.next_entry.max(1));
-        let entry = match read_entry(store, keys, &names, number) {
+        let newest = keys.newest_names();
+        if let Some(switch) = newest {
+            keys.fetch_name_key(store, switch)?;
+        }
+        let epoch = newest.map_or(NameEpoch::FIRST, |switch| switch.epoch);
+        let name = NumberedNames::of_catalog(keys).name(number, epoch)?;
+        let entry = match read_entry(store, keys, &name, number) {
             Ok(record) => Some(record.entry),
             Err(VaultError::Store(StoreError::NotFound(_))) => return Ok(()),
             Err(error) if error.condemns_object() => None,
             Err(error) => return Err(error),
         };
-        keys.with_revocations(|known| known.note(number, entry.as_ref()));
+        let begins = epoch_behind(store, keys, (number, epoch), entry.as_ref())?;
+        keys.with_revocations(|known| known.note(number, entry.as_ref(), begins));
     }
+}
+
+/// The epoch that begins behind a catalog entry: the one a revocation names. If the entry is damaged it may have been a
+/// revocation: then the next entry tells, which only holders of a later key can have named.
+pub(crate) fn epoch_behind(
+    store: &Arc<dyn Store>,
+    keys: &OpenKeys,
+    (number, epoch): (u64, NameEpoch),
+    entry: Option<&CatalogEntry>,
+) -> Result<Option<NameSwitch>, VaultError> {
+    match entry {
+        Some(CatalogEntry::GrantRevoked { names, .. }) => return Ok(names.filter(|switch| switch.follows(epoch))),
+        Some(_) => return Ok(None),
+        None => {}
+    }
+    for switch in keys.epochs_after(store, epoch)? {
+        keys.fetch_name_key(store, switch)?;
+        match store.size(&NumberedNames::of_catalog(keys).name(number + 1, switch.epoch)?) {
+            Ok(_) => return Ok(Some(switch)),
+            Err(StoreError::NotFound(_)) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(None)
 }

@@ -3,6 +3,7 @@
 use replication::codec::{DecodeError, Decoder, Encoder};
 use replication::{
     ByteRange, ChainId, Cut, CutKind, DiskGeometry, DiskId, MachineId, MarkerKind, PointTime, Position, SequenceNumber,
+    StreamHash,
 };
 
 use super::{
@@ -10,7 +11,7 @@ use super::{
     ManifestLink,
 };
 use crate::error::{Damage, VaultError};
-use crate::keys::ObjectNonce;
+use crate::keys::{NameEpoch, NameSwitch, ObjectNonce};
 use crate::layer::LayerRef;
 use crate::limits;
 use crate::store::ObjectName;
@@ -28,7 +29,9 @@ const KIND_FIELD: &str = "manifest kind";
 
 pub(crate) fn encode_manifest(manifest: &Manifest) -> Vec<u8> {
     let mut out = Encoder::new();
-    out.varint(manifest.number).varint(manifest.opened);
+    out.varint(manifest.number).varint(manifest.opened.0);
+    manifest.opened.1.encode(&mut out);
+    option(&mut out, manifest.names.as_ref(), |out, switch| switch.encode(out));
     option(&mut out, manifest.parent.as_ref(), |out, link| link.encode(out));
     option(&mut out, manifest.last_checkpoint.as_ref(), |out, link| link.encode(out));
     match &manifest.kind {
@@ -66,7 +69,8 @@ pub(crate) fn decode_manifest(bytes: &bytes::Bytes) -> Result<Manifest, DecodeEr
     let input = &mut Decoder::new(bytes.clone());
     let manifest = Manifest {
         number: input.varint("manifest number")?,
-        opened: input.varint("opening manifest")?,
+        opened: (input.varint("opening manifest")?, NameEpoch::decode(input)?),
+        names: decode_option(input, NameSwitch::decode)?,
         parent: decode_option(input, ManifestLink::decode)?,
         last_checkpoint: decode_option(input, CheckpointLink::decode)?,
         kind: match input.u8(KIND_FIELD)? {
@@ -120,12 +124,14 @@ pub(super) fn refusal(name: &ObjectName, error: DecodeError) -> VaultError {
 
 impl ManifestLink {
     fn encode(&self, out: &mut Encoder) {
-        out.varint(self.number).raw(&self.nonce.0).raw(&self.digest);
+        self.epoch.encode(out.varint(self.number));
+        out.raw(&self.nonce.0).raw(&self.digest);
     }
 
     fn decode(input: &mut Decoder) -> Result<ManifestLink, DecodeError> {
         Ok(ManifestLink {
             number: input.varint("linked number")?,
+            epoch: NameEpoch::decode(input)?,
             nonce: ObjectNonce(input.array("linked nonce")?),
             digest: input.array("linked digest")?,
         })
@@ -150,6 +156,9 @@ impl CheckpointLink {
 
 fn encode_delta(delta: &Delta, out: &mut Encoder) {
     out.u64(delta.through.0).u64(delta.proven_through.0).u64(delta.skew_ns.cast_unsigned());
+    option(out, delta.stream.as_ref(), |out, hash| {
+        out.raw(&hash.0);
+    });
     list(out, &delta.layers, |out, layer| layer.encode(out));
     encode_cuts(&delta.cuts, out);
     list(out, &delta.gaps_opened, |out, gap| encode_gap(gap, out));
@@ -164,6 +173,7 @@ fn decode_delta(input: &mut Decoder) -> Result<Delta, DecodeError> {
         through: SequenceNumber(input.u64("through")?),
         proven_through: PointTime(input.u64("proven through")?),
         skew_ns: input.u64("skew")?.cast_signed(),
+        stream: decode_option(input, |input| Ok(StreamHash(input.array("stream hash")?)))?,
         layers: decode_list(input, "layers", limits::LAYERS_MAX, LayerRef::decode)?,
         cuts: decode_cuts(input)?,
         gaps_opened: decode_list(input, "gaps", limits::GAPS_MAX, decode_gap)?,
@@ -218,13 +228,9 @@ fn encode_cuts(cuts: &[Cut], out: &mut Encoder) {
                 out.u8(SECOND);
             }
             CutKind::Marker { kind, name } => {
-                out.u8(MARKER)
-                    .u8(match kind {
-                        MarkerKind::Crash => 0,
-                        MarkerKind::Application => 1,
-                        MarkerKind::Final => 2,
-                    })
-                    .text(name);
+                out.u8(MARKER);
+                kind.encode(out);
+                out.text(name);
             }
             CutKind::HealEnd => {
                 out.u8(HEAL_END);
@@ -244,12 +250,7 @@ fn decode_cuts(input: &mut Decoder) -> Result<Vec<Cut>, DecodeError> {
         let kind = match input.u8("cut kind")? {
             SECOND => CutKind::Second,
             MARKER => CutKind::Marker {
-                kind: match input.u8("marker kind")? {
-                    0 => MarkerKind::Crash,
-                    1 => MarkerKind::Application,
-                    2 => MarkerKind::Final,
-                    value => return Err(DecodeError::Undefined { field: "marker kind", value: value.into() }),
-                },
+                kind: MarkerKind::decode(input)?,
                 name: input.text("marker name", replication::limits::NAME_BYTES_MAX)?,
             },
             HEAL_END => CutKind::HealEnd,
@@ -393,7 +394,7 @@ pub(super) mod tests {
     use replication::DiskIdentity;
 
     fn link(number: u64) -> ManifestLink {
-        ManifestLink { number, nonce: ObjectNonce([number as u8; 16]), digest: [3; 32] }
+        ManifestLink { number, epoch: NameEpoch(2), nonce: ObjectNonce([number as u8; 16]), digest: [3; 32] }
     }
 
     /// One of everything.
@@ -404,6 +405,10 @@ pub(super) mod tests {
         let cuts = [
             CutKind::Second,
             CutKind::Marker { kind: MarkerKind::Final, name: "end".into() },
+            CutKind::Marker {
+                kind: MarkerKind::Attempted { failed: "pre-script exited with 3".into() },
+                name: "nightly".into(),
+            },
             CutKind::HealEnd,
             CutKind::GenerationEnd,
         ];
@@ -435,13 +440,15 @@ pub(super) mod tests {
         Manifest {
             number: 300,
             parent: Some(link(299)),
-            opened: 200,
+            opened: (200, NameEpoch(1)),
+            names: Some(NameSwitch { epoch: NameEpoch(2), check: [6; 16] }),
             last_checkpoint: Some(skip),
             kind: ManifestKind::Append,
             delta: Delta {
                 through: sequence,
                 proven_through: PointTime(8),
                 skew_ns: -4,
+                stream: Some(StreamHash([5; 32])),
                 layers: Vec::new(),
                 cuts: cuts.clone(),
                 gaps_opened: gaps.clone(),
@@ -485,11 +492,12 @@ pub(super) mod tests {
     #[test]
     fn reserved_kinds_are_newer_and_undefined_ones_damage() {
         let name = ObjectName::new("x").expect("a name");
-        let mut bytes = encode_manifest(&Manifest { parent: None, last_checkpoint: None, checkpoint: None, ..full() });
-        // number (2), opened (2), no parent, no checkpoint, kind.
-        assert_eq!(bytes[6], APPEND);
+        let bare = Manifest { parent: None, names: None, last_checkpoint: None, checkpoint: None, ..full() };
+        let mut bytes = encode_manifest(&bare);
+        // number (2), opened (3), no other names, no parent, no checkpoint, kind.
+        assert_eq!(bytes[8], APPEND);
         for (kind, newer) in [(7, true), (9, true), (31, true), (32, false), (0, false)] {
-            bytes[6] = kind;
+            bytes[8] = kind;
             let error = decode_manifest(&bytes.clone().into()).expect_err("unknown");
             assert_eq!(matches!(refusal(&name, error), VaultError::NewerFormat { .. }), newer, "{kind}");
         }

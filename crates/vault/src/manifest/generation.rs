@@ -51,14 +51,15 @@ impl GenerationState {
         state
     }
 
-    /// Adds a manifest's delta, and its checkpoint if it carries one.
-    pub(crate) fn apply(&mut self, link: ManifestLink, manifest: &Manifest) {
-        self.add(&manifest.delta);
+    /// Adds a manifest's delta, and its checkpoint if it carries one. Returns the layers that merged ones replaced.
+    pub(crate) fn apply(&mut self, link: ManifestLink, manifest: &Manifest) -> Vec<LayerRef> {
+        let replaced = self.add(&manifest.delta);
         if manifest.checkpoint.is_some() {
             self.pass_checkpoint(link);
         } else {
             self.since_checkpoint.push(link);
         }
+        replaced
     }
 
     /// The checkpoint of a manifest whose delta is `delta`.
@@ -83,10 +84,11 @@ impl GenerationState {
         self.skips.first().copied()
     }
 
-    fn add(&mut self, delta: &Delta) {
+    fn add(&mut self, delta: &Delta) -> Vec<LayerRef> {
+        let mut replaced = Vec::new();
         for layer in &delta.layers {
             if layer.kind == LayerKind::Merged {
-                self.layers.retain(|older| !replaces(layer, older));
+                replaced.extend(self.layers.extract_if(.., |older| replaces(layer, older)));
             }
             self.layers.push(layer.clone());
         }
@@ -101,6 +103,7 @@ impl GenerationState {
         self.geometries.extend(delta.geometries.iter().cloned());
         self.recent_cuts.extend(delta.cuts.iter().cloned());
         self.last_cut = delta.cuts.last().map(|cut| (cut.sequence, cut.time)).or(self.last_cut);
+        replaced
     }
 
     fn pass_checkpoint(&mut self, manifest: ManifestLink) {
@@ -142,13 +145,14 @@ fn thin(links: Vec<CheckpointLink>, next: u64) -> Vec<CheckpointLink> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::keys::ObjectNonce;
+    use crate::keys::{NameEpoch, ObjectNonce};
 
     #[test]
     fn the_ladder_stays_short_and_its_rungs_at_most_double() {
         let mut state = GenerationState::default();
         for number in 0..5000u64 {
-            state.pass_checkpoint(ManifestLink { number, nonce: ObjectNonce([0; 16]), digest: [0; 32] });
+            let nonce = ObjectNonce([0; 16]);
+            state.pass_checkpoint(ManifestLink { number, epoch: NameEpoch::FIRST, nonce, digest: [0; 32] });
             let indexes: Vec<u64> = state.skips.iter().map(|link| link.index).collect();
             assert_eq!(indexes.first(), Some(&number));
             assert_eq!(indexes.last(), Some(&0));

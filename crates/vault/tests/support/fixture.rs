@@ -3,9 +3,11 @@
 use std::sync::Arc;
 
 use replication::{CutKind, SequenceNumber};
-use vault::keys::WriterSession;
+use vault::keys::{NameEpoch, WriterSession};
 use vault::numbered::NumberedNames;
-use vault::{ChainHistory, ChainWriter, CheckpointWish, Delta, OpenKeys, PreparedManifest, Store, VaultError};
+use vault::{
+    ChainHistory, ChainWriter, CheckpointWish, Delta, ObjectName, OpenKeys, PreparedManifest, Store, VaultError,
+};
 
 use super::history::{CHAIN, MACHINE, cut, second};
 use super::{Fragile, World};
@@ -14,6 +16,7 @@ pub struct Fixture {
     pub world: World,
     pub fragile: Arc<Fragile>,
     pub store: Arc<dyn Store>,
+    /// Of the first epoch.
     pub names: NumberedNames,
 }
 
@@ -22,8 +25,13 @@ impl Fixture {
         let fragile = Fragile::new();
         let store: Arc<dyn Store> = Arc::clone(&fragile) as Arc<dyn Store>;
         let world = World::over(Arc::clone(&store), 11);
-        let names = NumberedNames::of_chain(&world.unlocked.keys().shared().name, CHAIN);
+        let names = NumberedNames::of_chain(world.unlocked.keys(), CHAIN);
         Fixture { world, fragile, store, names }
+    }
+
+    /// The name of manifest `number` before anybody was revoked.
+    pub fn name(&self, number: u64) -> ObjectName {
+        self.names.name(number, NameEpoch::FIRST).expect("the first key is at hand")
     }
 
     pub fn load(&self) -> ChainHistory {
@@ -57,8 +65,8 @@ pub fn prepare(writer: &ChainWriter) -> PreparedManifest {
 
 pub fn same(a: &ChainHistory, b: &ChainHistory) {
     assert_eq!(
-        (a.head, a.next_number, a.through, a.proven_through),
-        (b.head, b.next_number, b.through, b.proven_through)
+        (a.head, a.next_number, a.name_epoch, a.through, a.stream(), a.proven_through),
+        (b.head, b.next_number, b.name_epoch, b.through, b.stream(), b.proven_through)
     );
     assert_eq!((a.machine, a.parent), (b.machine, b.parent));
     assert_eq!(a.layers(), b.layers());

@@ -4,11 +4,12 @@ use std::sync::Arc;
 
 use replication::{
     ByteRange, ChainId, Cut, CutKind, DiskGeometry, DiskId, DiskIdentity, Generation, MachineId, MarkerKind, PointTime,
-    Position, SequenceNumber,
+    Position, SequenceNumber, StreamHash,
 };
-use vault::chain::{ChainControl, Phase};
-use vault::keys::WriterRole;
+use vault::chain::{Alarm, ChainControl, Phase};
+use vault::keys::{NameEpoch, WriterRole};
 use vault::manifest::{Defect, GapClosed};
+use vault::numbered::NumberedNames;
 use vault::revoke::revoke_writer;
 use vault::{
     Catalog, CatalogEntry, ChainHistory, ChainWriter, CheckpointWish, Delta, Gap, GapScope, GeometryChange, Moment,
@@ -132,14 +133,28 @@ pub fn write(world: &World) {
         catalog.append(&world.store, &keys, signer, &entry).expect("append");
     }
     revoke_writer(&world.unlocked, first, "it was replaced", &world.entropy, &world.clock).expect("revoke");
+    // The next generation leads into the next epoch of the name key, in which the revoked writer burns nothing.
+    let history = ChainHistory::load(&world.store, &keys, CHAIN).expect("load");
+    let mut writer =
+        ChainWriter::open_generation(&world.store, &successor, &keys, &history, "on we go", Delta::default())
+            .expect("open");
+    let delta = Delta { through: seq(1, 20), stream: Some(StreamHash([5; 32])), ..Delta::default() };
+    writer.commit(CheckpointWish::WhenDue, |_| Ok(delta.clone())).expect("commit");
+    let names = NumberedNames::of_chain(&keys, CHAIN);
+    let burnt = names.name(writer.head().number + 1, NameEpoch::FIRST).expect("the first key");
+    world.store.create(&burnt, &[b"revenge".as_slice().into()]).expect("free");
+    let entry = CatalogEntry::Note { text: "quiet again".into() };
+    catalog.append(&world.store, &keys, &successor, &entry).expect("append");
 }
 
 pub fn check(store: &Arc<dyn Store>, keys: &OpenKeys) {
     let history = ChainHistory::load(store, keys, CHAIN).expect("load");
     assert_eq!(history.machine, MACHINE);
-    assert_eq!(history.head.number, 6);
+    assert_eq!((history.head.number, history.head.epoch), (8, NameEpoch(1)));
+    assert_eq!((history.next_number, history.stream()), (9, Some((seq(1, 20), StreamHash([5; 32])))));
+    assert_eq!(history.alarms, [Alarm::WrongEpoch { number: 9, epoch: NameEpoch::FIRST }]);
     assert_eq!(history.through, seq(1, 20));
-    assert_eq!(history.generations.len(), 4);
+    assert_eq!(history.generations.len(), 5);
     assert_eq!(history.generations[1].reason.as_deref(), Some("take-over"));
     assert_eq!(history.generations[2].reason.as_deref(), Some("closed: the site is lost"));
     assert_eq!(history.standing.phase, Phase::Open, "the failover was cancelled");
@@ -154,7 +169,8 @@ pub fn check(store: &Arc<dyn Store>, keys: &OpenKeys) {
     let latest = points.resolve(&Moment::Latest).expect("latest");
     assert_eq!((latest.cut.sequence, latest.lacking.len()), (seq(1, 20), 0));
     let catalog = Catalog::load(store, keys).expect("catalog");
-    assert_eq!((catalog.records.len(), catalog.alarms.len(), catalog.revoked.len()), (7, 0, 1));
+    assert_eq!((catalog.records.len(), catalog.alarms.len(), catalog.revoked.len()), (8, 0, 1));
+    assert_eq!(catalog.name_epoch, NameEpoch(1));
     let fails: Vec<u64> = keys.revocations().values().map(|revocation| revocation.fails_from[&CHAIN]).collect();
     assert_eq!(fails, [7]);
     assert_eq!(catalog.machines[&MACHINE].chain, BRANCH);

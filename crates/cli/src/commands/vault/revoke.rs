@@ -61,7 +61,9 @@ impl Revoke {
                 "{count} chains have no writer now: their machines heal when they reach another server"
             ))?;
         }
-        output
-            .remark("it still knows the keys of indexes and names; it cannot read disks, and nothing it writes counts")
+        output.remark(
+            "it still knows the key of indexes; it cannot read disks, nothing it writes counts, and from the next session of \
+             each machine on it cannot even get in the way",
+        )
     }
 }

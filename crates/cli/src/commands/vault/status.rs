@@ -107,6 +107,9 @@ fn forget(vault: &UnlockedVault) -> Done {
 pub(super) fn describe(alarm: &Alarm) -> String {
     match alarm {
         Alarm::Untagged(name) => format!("a stranger put {name} into the chain's folder; it is ignored"),
+        Alarm::WrongEpoch { number, epoch } => {
+            format!("somebody used a name key that ended (epoch {epoch}) for number {number}; it is ignored")
+        }
         Alarm::Invalid { number, reason } => format!("manifest {number} does not count: {reason}"),
         Alarm::Rejected { number, writer } => {
             format!("manifest {number} of writer {writer} came too late and does not count")

@@ -1,0 +1,355 @@
+//! How a process server opens a generation: behind its own, after an answer that was lost or a kill in between, without
+//! letting go of what its journal holds; and behind another server's, if the sender knows the same past of the stream.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::num::NonZeroUsize;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, RwLock};
+use std::time::Duration;
+
+use bytes::Bytes;
+use process_server::ingest::Ingest;
+use process_server::journal::{ChainState, HostKey, Journal, JournalConfig, JournalThread, QueueConfig};
+use process_server::pipeline::{Greeted, Pace, Pipeline, Services};
+use replication::receiver::Receiver;
+use replication::wire::{HealNeed, Hello, Message, OfferHashes, PROTOCOL_VERSION, Resume, Welcome};
+use replication::{
+    ByteRange, ChainId, Change, ChangeKind, DiskGeometry, DiskId, DiskIdentity, HealId, InstanceId, MachineId,
+    PointTime, Ranges, Reach, SequenceNumber, SourceTime, StreamHash,
+};
+use vault::keys::{PassphraseCost, WriterRole, WriterSession};
+use vault::pack::load_dedup;
+use vault::view_source::{CacheBytes, FrameSource};
+use vault::{ChainHistory, FolderStore, ObjectName, OpenKeys, Store, StoreError, UnlockedVault, Vault, WriterKeys};
+use world::{Clock, Entropy, Files, RealFiles, SystemClock, SystemEntropy};
+
+const MACHINE: MachineId = MachineId([7; 16]);
+
+fn hello(instance: u8, resume: Option<Resume>, need: HealNeed) -> Hello {
+    let disk = DiskGeometry {
+        disk: DiskId(0),
+        identity: DiskIdentity { serial: "disk-0".into(), fingerprint: [0; 16] },
+        path: "/dev/disk0".into(),
+        size_bytes: 1 << 20,
+        logical_sector_bytes: 512,
+        physical_sector_bytes: 4096,
+    };
+    Hello {
+        version: PROTOCOL_VERSION,
+        machine: MACHINE,
+        instance: InstanceId([instance; 16]),
+        boot: [1; 16],
+        vm_generation: [0; 16],
+        name: "test".into(),
+        disks: vec![disk],
+        resume,
+        need,
+        cleared: None,
+        now: SourceTime(0),
+        started: PointTime(1),
+        lacking: Ranges::default(),
+        followed: None,
+    }
+}
+
+/// A store that keeps the next manifest, or does not, and says nothing about it.
+struct Unanswered {
+    inner: FolderStore,
+    silent: AtomicU32,
+}
+
+impl Store for Unanswered {
+    fn create(&self, name: &ObjectName, parts: &[Bytes]) -> Result<(), StoreError> {
+        let manifest = name.as_str().contains("/m/");
+        let silent = manifest
+            && self.silent.fetch_update(Ordering::AcqRel, Ordering::Acquire, |left| left.checked_sub(1)).is_ok();
+        let created = self.inner.create(name, parts);
+        match silent {
+            true => Err(StoreError::Unavailable { at: name.to_string(), source: "the answer was lost".into() }),
+            false => created,
+        }
+    }
+
+    fn read(&self, name: &ObjectName, range: Range<u64>) -> Result<Bytes, StoreError> {
+        self.inner.read(name, range)
+    }
+
+    fn size(&self, name: &ObjectName) -> Result<u64, StoreError> {
+        self.inner.size(name)
+    }
+
+    fn list(&self, prefix: &str, after: Option<&ObjectName>, limit: usize) -> Result<Vec<ObjectName>, StoreError> {
+        self.inner.list(prefix, after, limit)
+    }
+
+    fn describe(&self) -> String {
+        self.inner.describe()
+    }
+}
+
+struct Site {
+    folder: tempfile::TempDir,
+    store: Arc<Unanswered>,
+    unlocked: UnlockedVault,
+}
+
+impl Site {
+    fn new() -> Site {
+        let folder = tempfile::tempdir().expect("a folder");
+        let vault = folder.path().join("vault");
+        fs::create_dir(&vault).expect("a folder");
+        let (entropy, clock): (Arc<dyn Entropy>, Arc<dyn Clock>) = (Arc::new(SystemEntropy), Arc::new(SystemClock));
+        let inner = FolderStore::open(&vault, &SystemEntropy).expect("a store");
+        let store = Arc::new(Unanswered { inner, silent: AtomicU32::new(0) });
+        let dynamic: Arc<dyn Store> = store.clone();
+        let (unlocked, _) =
+            Vault::create(dynamic, "passphrase", PassphraseCost::TRIVIAL, &entropy, &clock).expect("made");
+        Site { folder, store, unlocked }
+    }
+
+    fn server(&self, name: &str) -> Server {
+        let state = self.folder.path().join(name);
+        fs::create_dir(&state).expect("a folder");
+        let (entropy, clock): (Arc<dyn Entropy>, Arc<dyn Clock>) = (Arc::new(SystemEntropy), Arc::new(SystemClock));
+        let keys = self.unlocked.grant_writer(WriterRole::ProcessServer, name, &entropy, &clock).expect("a grant");
+        Server { state, keys, store: self.store.clone() }
+    }
+
+    fn history(&self, chain: ChainId) -> ChainHistory {
+        ChainHistory::load(self.unlocked.store(), self.unlocked.keys(), chain).expect("readable")
+    }
+}
+
+/// What of a server outlives its process.
+struct Server {
+    state: PathBuf,
+    keys: WriterKeys,
+    store: Arc<Unanswered>,
+}
+
+/// A process of it.
+struct Process {
+    services: Services,
+    recovered: BTreeMap<ChainId, ChainState>,
+}
+
+fn journal(state: &Path) -> (JournalThread, BTreeMap<ChainId, ChainState>) {
+    let files: Arc<dyn Files> = Arc::new(RealFiles::new(state));
+    let host = HostKey::load_or_create(&*files, "journal", &SystemEntropy).expect("a key");
+    let config = JournalConfig::new(64 << 20);
+    let (journal, recovered) = Journal::open(files, Arc::new(SystemEntropy), "journal", config, &host).expect("opens");
+    (JournalThread::start(journal, config, QueueConfig::default()).expect("starts"), recovered.chains)
+}
+
+impl Server {
+    fn start(&self) -> Process {
+        let (log, recovered) = journal(&self.state);
+        let store: Arc<dyn Store> = self.store.clone();
+        let keys = Arc::new(OpenKeys::of_writer(&self.keys));
+        let dedup = load_dedup(&store, &keys, self.keys.writer(), 1 << 10).expect("readable").index;
+        let session = WriterSession::new(self.keys.clone(), Arc::new(SystemEntropy), Arc::new(SystemClock));
+        let source = FrameSource::new(Arc::clone(&store), Arc::clone(&keys), CacheBytes::default());
+        let services = Services {
+            store,
+            session: Arc::new(session.expect("sound keys")),
+            keys,
+            dedup: Arc::new(RwLock::new(dedup)),
+            source: Arc::new(source),
+            log: Arc::new(log),
+            clock: Arc::new(SystemClock),
+            pace: Pace { seal_interval: Duration::ZERO, workers: NonZeroUsize::MIN, ..Pace::default() },
+        };
+        Process { services, recovered }
+    }
+}
+
+impl Process {
+    fn open(&self, hello: Option<&Hello>) -> Result<Pipeline, process_server::pipeline::OpenError> {
+        let recovered = |chain: ChainId| self.recovered.get(&chain).cloned();
+        Pipeline::open(self.services.clone(), &SystemEntropy, MACHINE, hello, recovered)
+    }
+}
+
+fn settle(pipeline: &mut Pipeline) {
+    for _ in 0..5000 {
+        pipeline.step().expect("works");
+        if pipeline.is_drained() && pipeline.is_ready_to_greet() {
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    panic!("it never comes to rest");
+}
+
+fn greet(pipeline: &mut Pipeline, hello: &Hello) -> (Box<Receiver>, Welcome) {
+    for _ in 0..5000 {
+        settle(pipeline);
+        match pipeline.greet(hello, MACHINE, None).expect("works") {
+            Greeted::Accepted(receiver, Message::Welcome(welcome)) => return (receiver, welcome),
+            Greeted::Later => {}
+            Greeted::Accepted(_, other) | Greeted::Refused(other) => panic!("{other:?}"),
+        }
+    }
+    panic!("never accepted");
+}
+
+/// The sender's side of a stream, as far as these tests need one.
+struct Sending {
+    ingest: Ingest,
+    next: SequenceNumber,
+    hash: StreamHash,
+}
+
+impl Sending {
+    /// Begins a session, and heals what is empty: the stream is whole from then on.
+    fn whole(process: &Process, pipeline: &mut Pipeline) -> Sending {
+        let (receiver, welcome) = greet(pipeline, &hello(1, None, HealNeed::Maps));
+        let log = Arc::clone(&process.services.log);
+        let mut ingest = Ingest::new(welcome.chain, log, 1 << 20, Arc::new(|| {}));
+        ingest.begin(*receiver);
+        let next = SequenceNumber(welcome.generation.base().0 + 1);
+        let mut sending = Sending { ingest, next, hash: welcome.hash };
+        let heal = HealId(1);
+        let p0 = sending.change(Some(&mut *pipeline), ChangeKind::HealStart { heal });
+        let (reach, hashes) = (Reach::Machine, OfferHashes::Plain);
+        sending
+            .tell(Some(&mut *pipeline), Message::HealBegin { heal, p0, whole: true, reach, hashes, planned_bytes: 0 });
+        sending.tell(Some(&mut *pipeline), Message::HealEnd { heal, end: p0 });
+        sending.write(Some(&mut *pipeline), 1);
+        settle(pipeline);
+        sending
+    }
+
+    fn tell(&mut self, pipeline: Option<&mut Pipeline>, message: Message) {
+        let mut work = self.ingest.message(message, PointTime(1_800_000_000_000_000_000)).work;
+        while !self.ingest.is_idle() {
+            std::thread::sleep(Duration::from_millis(1));
+            work.extend(self.ingest.poll().work);
+        }
+        // A server that is killed now has it in its journal alone.
+        if let Some(pipeline) = pipeline {
+            work.into_iter().for_each(|work| drop(pipeline.work(work).expect("works")));
+        }
+    }
+
+    fn change(&mut self, pipeline: Option<&mut Pipeline>, kind: ChangeKind) -> SequenceNumber {
+        let sequence = self.next;
+        let change = Change { sequence, time: SourceTime(1), disk: DiskId(0), continues: false, kind };
+        self.hash = change.extend_hash(self.hash);
+        self.next = sequence.next();
+        self.tell(pipeline, Message::Changes(vec![change]));
+        sequence
+    }
+
+    fn write(&mut self, pipeline: Option<&mut Pipeline>, fill: u8) -> SequenceNumber {
+        let range = ByteRange::new(4096, 4096);
+        self.change(pipeline, ChangeKind::Write { range, data: vec![fill; 4096].into() })
+    }
+
+    /// How it would go on, having been told that everything is journaled.
+    fn resume(&self, pipeline: &Pipeline) -> Resume {
+        let released = SequenceNumber(self.next.0 - 1);
+        let (chain, generation) = (pipeline.chain(), pipeline.writer().generation());
+        Resume { chain, generation, released, sent: released, hash: self.hash }
+    }
+}
+
+#[test]
+fn a_lost_answer_to_an_opening_costs_a_generation_and_no_gap() {
+    #[derive(Debug, Clone, Copy, PartialEq)]
+    enum Then {
+        /// The server tries again.
+        Again,
+        /// It is killed, and does not even know that it tried, but for what it had written down.
+        Killed,
+        /// Another one takes over first: then the tail is nobody's.
+        Overtaken,
+    }
+    for then in [Then::Again, Then::Killed, Then::Overtaken] {
+        let site = Site::new();
+        let server = site.server("server");
+        let process = server.start();
+        let mut pipeline = process.open(Some(&hello(1, None, HealNeed::Maps))).expect("a new chain");
+        let mut sending = Sending::whole(&process, &mut pipeline);
+        let last = sending.write(None, 2);
+        let (chain, before) = (pipeline.chain(), site.history(pipeline.chain()));
+        assert!(before.through < last && before.gaps().iter().all(|gap| gap.until.is_some()), "{:?}", before.gaps());
+        drop((pipeline, sending, process));
+
+        let mut process = server.start();
+        site.store.silent.store(1, Ordering::Release);
+        assert!(process.open(None).is_err(), "the store did not answer");
+        assert_eq!(site.history(chain).generations.len(), before.generations.len() + 1, "but it was won");
+        match then {
+            Then::Again => {}
+            Then::Killed => {
+                drop(process);
+                process = server.start();
+            }
+            Then::Overtaken => {
+                let other = site.server("other").start();
+                drop(other.open(Some(&hello(9, None, HealNeed::Maps))).expect("it takes over"));
+            }
+        }
+        let mut pipeline = process.open(None).expect("the store answers");
+        settle(&mut pipeline);
+        let history = site.history(chain);
+        let (through, gaps) = if then == Then::Overtaken { (before.through, 1) } else { (last, 0) };
+        assert_eq!(history.through, through, "what the journal held, if it is to be committed: {then:?}");
+        assert_eq!(history.gaps().len(), before.gaps().len() + gaps, "{then:?}: {:?}", history.gaps());
+    }
+}
+
+#[test]
+fn a_successor_goes_on_only_with_the_stream_that_the_vault_holds() {
+    #[derive(Debug, Clone, Copy, PartialEq)]
+    enum Sender {
+        /// It is the one that was there.
+        Same,
+        /// It was reverted, and wrote as many other changes since.
+        Diverged,
+        /// It was reverted, and wrote less.
+        Behind,
+        /// Some of what it had sent was lost with the first server.
+        Ahead,
+    }
+    for sender in [Sender::Same, Sender::Diverged, Sender::Behind, Sender::Ahead] {
+        let site = Site::new();
+        let first = site.server("first").start();
+        let mut pipeline = first.open(Some(&hello(1, None, HealNeed::Maps))).expect("a new chain");
+        let mut sending = Sending::whole(&first, &mut pipeline);
+        sending.write(Some(&mut pipeline), 2);
+        settle(&mut pipeline);
+        let mut resume = sending.resume(&pipeline);
+        let history = site.history(pipeline.chain());
+        assert_eq!(history.stream(), Some((resume.released, sending.hash)), "the vault states the stream's hash");
+        match sender {
+            Sender::Same => {}
+            Sender::Diverged => resume.hash = StreamHash([8; 32]),
+            Sender::Behind => {
+                let before = SequenceNumber(resume.released.0 - 1);
+                (resume.released, resume.sent) = (before, before);
+            }
+            Sender::Ahead => {
+                let after = sending.write(None, 3);
+                resume = Resume { released: after, sent: after, hash: sending.hash, ..resume };
+            }
+        }
+        let hello = hello(1, Some(resume.clone()), HealNeed::Nothing);
+        let second = site.server("second").start();
+        let mut pipeline = second.open(Some(&hello)).expect("opens");
+        let (_, welcome) = greet(&mut pipeline, &hello);
+        let need = match sender {
+            Sender::Same => HealNeed::Nothing,
+            Sender::Diverged | Sender::Behind => HealNeed::Whole,
+            Sender::Ahead => HealNeed::Maps,
+        };
+        assert_eq!((welcome.continues, welcome.need), (sender == Sender::Same, need), "{sender:?}");
+        assert_eq!(welcome.past, history.stream(), "the sender can compare, too: {sender:?}");
+        let gaps = site.history(pipeline.chain()).gaps().len();
+        assert_eq!(gaps, 1 + usize::from(sender != Sender::Same), "{sender:?}");
+    }
+}
