@@ -76,7 +76,8 @@ pub(crate) fn columns() -> usize {
     if width == 0 { COLUMNS_DEFAULT } else { width.max(COLUMNS_MIN) }
 }
 
-/// Rows under headings. The last column takes what is left of the width and is cut there.
+/// Rows under headings. The last column takes what is left of the width and is cut there; lines across all columns are
+/// wrapped.
 pub(crate) struct Table {
     headings: Vec<&'static str>,
     right: Vec<bool>,
@@ -124,9 +125,12 @@ impl Table {
         for row in &self.rows {
             match row {
                 Row::Cells(cells) => self.render_row(cells, &widths, columns, &mut text),
+                // Nothing of it is told elsewhere, so nothing is cut.
                 Row::Across(line) => {
-                    text.push_str(&cut(line, columns));
-                    text.push('\n');
+                    for line in wrap(line, columns) {
+                        text.push_str(&line);
+                        text.push('\n');
+                    }
                 }
             }
         }
@@ -158,6 +162,39 @@ fn cut(line: &str, columns: usize) -> String {
     }
     let kept: String = line.chars().take(columns.saturating_sub(1)).collect();
     format!("{kept}…")
+}
+
+/// `line` in lines of at most `columns`; all but the first are indented further. A word that is longer than a line is split.
+fn wrap(line: &str, columns: usize) -> Vec<String> {
+    const HANG: usize = 5;
+    let indent = line.chars().take_while(|character| *character == ' ').count();
+    let hang = (indent + HANG).min(columns / 2);
+    let mut lines = Vec::new();
+    let mut current = " ".repeat(indent.min(columns / 2));
+    let mut width = current.len();
+    let mut empty = true;
+    for word in line.split(' ').filter(|word| !word.is_empty()) {
+        let mut rest: Vec<char> = word.chars().collect();
+        if !empty && width + 1 + rest.len() > columns {
+            lines.push(std::mem::replace(&mut current, " ".repeat(hang)));
+            (width, empty) = (hang, true);
+        }
+        if !empty {
+            current.push(' ');
+            width += 1;
+        }
+        while width + rest.len() > columns {
+            let after = rest.split_off(columns - width);
+            current.extend(rest);
+            lines.push(std::mem::replace(&mut current, " ".repeat(hang)));
+            (rest, width) = (after, hang);
+        }
+        width += rest.len();
+        current.extend(rest);
+        empty = false;
+    }
+    lines.push(current);
+    lines
 }
 
 /// A number of bytes as people read it: `1.50 GiB`.
@@ -207,6 +244,24 @@ mod tests {
         let expected = "NAME      SIZE  NOTE\nweb-1    2 GiB  fine\n── gap ──\ndb     100 GiB  a very long r…\n";
         assert_eq!(text, expected);
         assert!(text.lines().all(|line| line.chars().count() <= 30));
+    }
+
+    #[test]
+    fn a_line_across_is_wrapped_and_never_cut() {
+        let mut table = Table::new(&["TIME"]);
+        table.across("  ── gap: after @1.5, the process server's journal was lost with /a/very/long/path/of/something");
+        let text = table.render(40);
+        let expected = "TIME\n  ── gap: after @1.5, the process\n       server's journal was lost with\n       \
+                        /a/very/long/path/of/something\n";
+        assert_eq!(text, expected);
+        assert_eq!(wrap("abcdefghijkl", 5), ["abcde", "  fgh", "  ijk", "  l"]);
+        assert_eq!(wrap("", 10), [""]);
+        for columns in 4..60 {
+            let lines = wrap("  one two three four five a-word-that-is-rather-long six", columns);
+            assert!(lines.iter().all(|line| line.chars().count() <= columns), "{columns}: {lines:?}");
+            let words: String = lines.concat().chars().filter(|character| *character != ' ').collect();
+            assert_eq!(words, "onetwothreefourfivea-word-that-is-rather-longsix");
+        }
     }
 
     #[test]

@@ -294,6 +294,16 @@ fn a_vault_of_a_newer_format_and_a_damaged_one_are_told_apart() {
     assert!(said.code == 1 && said.err.contains("is damaged"), "{}", said.err);
     replace(&path, &bytes);
     assert_eq!(world.run("vault status --vault vault").code, 0);
+    // What a newer version added is told apart from damage when everything is read.
+    fs::create_dir_all(world.path("vault/packs/00")).expect("made");
+    fs::write(world.path("vault/packs/00/of-a-newer-farshore"), &newer).expect("written");
+    let verify = "vault verify --vault vault --recovery-key-file key";
+    let said = world.run(verify);
+    assert!(said.code == 1 && said.out.contains("NEWER") && !said.out.contains("DAMAGED"), "{}{}", said.out, said.err);
+    assert!(said.err.contains("1 object or chain of a newer format could not be verified"), "{}", said.err);
+    assert!(said.err.lines().last().expect("three parts").contains("update farshore"), "{}", said.err);
+    let said = world.run(&format!("{verify} --json"));
+    assert!(said.out.contains("\"newer_format\":1") && said.out.contains("\"damaged\":0"), "{}", said.out);
 }
 
 #[test]

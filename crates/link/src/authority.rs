@@ -27,7 +27,7 @@ use zeroize::Zeroizing;
 
 use crate::identity::{IdentityError, LinkIdentity, PeerIdentity, PrivateKey, PublicKey, Role};
 use crate::join::{Admission, JoinGrant, JoinRefusal, JoinRequest};
-use crate::limits::{AUTHORITY_DAYS, BACKDATE_DAYS, CERTIFICATE_DAYS, RENEW_BEFORE_DAYS};
+use crate::limits::{AUTHORITY_DAYS, BACKDATE_DAYS, CERTIFICATE_DAYS};
 use crate::record::{self, Kind, RecordError};
 use crate::token::{JoinToken, TokenError, check_addresses, hex};
 use crate::trust::{DenyList, Trust, fingerprint};
@@ -197,7 +197,7 @@ impl Authority {
         let stored = LinkIdentity::load(&*self.files, &path)?;
         if let Some(identity) = &stored
             && identity.authority == self.certificate
-            && self.seconds_left(&identity.certificate) > RENEW_BEFORE_DAYS * DAY_SECONDS
+            && !identity.is_due(self.clock.wall())
         {
             return Ok(identity.clone());
         }
@@ -266,12 +266,6 @@ impl Authority {
             self.denied.deny(peer.map_err(|error| damaged(&path, error))?);
         }
         Ok(())
-    }
-
-    fn seconds_left(&self, certificate: &CertificateDer<'_>) -> u64 {
-        let end =
-            x509_parser::parse_x509_certificate(certificate).map_or(0, |(_, c)| c.validity().not_after.timestamp());
-        u64::try_from(end).unwrap_or(0).saturating_sub(self.clock.wall().seconds())
     }
 
     fn token_path(&self, id: &[u8; 8], state: &str) -> String {
@@ -367,6 +361,22 @@ impl Admission for Authority {
         }
         let certificate = self.issue(used.peer, &key).map_err(unavailable)?;
         tracing::info!(peer = %used.peer, "joined");
+        Ok(JoinGrant { certificate, authority: self.certificate.clone() })
+    }
+
+    fn renew(&self, peer: PeerIdentity, key: &PublicKey) -> Result<JoinGrant, JoinRefusal> {
+        // A server renews its own by itself; nobody else has a server's key.
+        if !matches!(peer.role, Role::Agent | Role::RecoveryHost) {
+            return Err(JoinRefusal::BadRequest);
+        }
+        if self.denied.contains(&peer) {
+            return Err(JoinRefusal::Denied);
+        }
+        let certificate = self.issue(peer, key).map_err(|error| {
+            tracing::error!(error = &error as &dyn std::error::Error, "a renewal could not be served");
+            JoinRefusal::Unavailable
+        })?;
+        tracing::info!(%peer, "renewed");
         Ok(JoinGrant { certificate, authority: self.certificate.clone() })
     }
 }

@@ -81,7 +81,7 @@ pub struct Expected {
 }
 
 impl Expected {
-    fn is(&self, peer: &PeerIdentity) -> bool {
+    pub(crate) fn is(&self, peer: &PeerIdentity) -> bool {
         self.role == peer.role && self.id.is_none_or(|id| id == peer.id)
     }
 }
@@ -98,10 +98,10 @@ impl fmt::Display for Expected {
 /// Opens connections under one identity.
 #[derive(Clone)]
 pub struct Connector {
-    runtime: LinkRuntime,
-    identity: LinkIdentity,
-    trust: Trust,
-    clock: ClockHandle,
+    pub(crate) runtime: LinkRuntime,
+    pub(crate) identity: LinkIdentity,
+    pub(crate) trust: Trust,
+    pub(crate) clock: ClockHandle,
 }
 
 impl Connector {
@@ -124,7 +124,7 @@ impl Connector {
     }
 
     async fn greet(&self, stream: TcpStream, expected: &Expected) -> Result<(TlsSocket, PeerIdentity), LinkError> {
-        let session = tls::replication_client(&self.identity, &self.trust, self.clock.clone())?;
+        let session = tls::peer_client(&self.identity, &self.trust, self.clock.clone(), ALPN_REPLICATION)?;
         let socket = TlsSocket::new(stream, session, crate::limits::FRAME_BYTES_MAX);
         socket.handshake().await?;
         if socket.protocol().as_deref() != Some(ALPN_REPLICATION) {

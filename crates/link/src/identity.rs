@@ -6,11 +6,15 @@ use std::sync::Arc;
 use rcgen::{CertificateParams, PublicKeyData, SigningKey};
 use ring::signature::{Ed25519KeyPair, KeyPair as _};
 use rustls::pki_types::{CertificateDer, PrivatePkcs8KeyDer};
-use world::{Entropy, Files, durable};
+use world::{Entropy, Files, WallTime, durable};
 use zeroize::Zeroizing;
 
+use crate::limits::RENEW_BEFORE_DAYS;
 use crate::record::{self, Kind, RecordError};
+use crate::renew::end_of;
 use crate::token::hex;
+
+const DAY_SECONDS: u64 = 86_400;
 
 /// What a peer does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -271,6 +275,11 @@ impl LinkIdentity {
     pub fn store(&self, files: &dyn Files, path: &str) -> Result<(), IdentityError> {
         durable::replace_private(files, path, &self.encode(), "identity")
             .map_err(|source| IdentityError::Storage { path: path.to_owned(), source })
+    }
+
+    /// Whether its certificate is near its end, or beyond it, at `now`.
+    pub fn is_due(&self, now: WallTime) -> bool {
+        end_of(&self.certificate).saturating_sub(now.seconds()) <= RENEW_BEFORE_DAYS * DAY_SECONDS
     }
 
     pub(crate) fn encode(&self) -> Zeroizing<Vec<u8>> {

@@ -16,15 +16,15 @@ use std::sync::Arc;
 use bytes::Bytes;
 use rustls::pki_types::CertificateDer;
 use world::{Clock, Entropy, Files, WallTime, durable};
-use x509_parser::prelude::{FromDer, X509Certificate};
 use zeroize::Zeroizing;
 
 use crate::connector::{LinkRuntime, dial};
 use crate::error::LinkError;
 use crate::frame::Frame;
-use crate::identity::{IdentityError, LinkIdentity, PrivateKey};
+use crate::identity::{IdentityError, LinkIdentity, PeerIdentity, PrivateKey, PublicKey};
 use crate::limits::{CONNECT_TIMEOUT, FIELD_BYTES_MAX, HANDSHAKE_TIMEOUT, JOIN_TIMEOUT};
 use crate::record::{self, Kind, RecordError};
+use crate::renew::key_of;
 use crate::session::{TlsSocket, within};
 use crate::tls::{self, ALPN_JOIN};
 use crate::token::JoinToken;
@@ -32,7 +32,7 @@ use crate::trust::{ClockHandle, DenyList, Side, Trust, fingerprint};
 
 /// The frame kinds of the join exchange, which is a protocol of its own.
 const REQUEST_KIND: u8 = 1;
-const ANSWER_KIND: u8 = 2;
+pub(crate) const ANSWER_KIND: u8 = 2;
 /// Largest request or answer in bytes.
 pub(crate) const JOIN_FRAME_MAX: usize = 4 * FIELD_BYTES_MAX;
 
@@ -115,6 +115,12 @@ pub trait Admission: Send + Sync {
     /// # Errors
     /// The refusal that the machine is told.
     fn admit(&self, request: &JoinRequest) -> Result<JoinGrant, JoinRefusal>;
+
+    /// A new certificate for a peer that proved to have `key` and the certificate of `peer`.
+    ///
+    /// # Errors
+    /// The refusal that the peer is told.
+    fn renew(&self, peer: PeerIdentity, key: &PublicKey) -> Result<JoinGrant, JoinRefusal>;
 }
 
 impl JoinRequest {
@@ -138,7 +144,7 @@ impl JoinRequest {
     }
 }
 
-fn encode_answer(answer: &Result<JoinGrant, JoinRefusal>) -> Bytes {
+pub(crate) fn encode_answer(answer: &Result<JoinGrant, JoinRefusal>) -> Bytes {
     let (code, first, second): (u8, &[u8], &[u8]) = match answer {
         Ok(grant) => (0, &grant.certificate, &grant.authority),
         Err(JoinRefusal::UnknownToken) => (1, &[], &[]),
@@ -152,7 +158,7 @@ fn encode_answer(answer: &Result<JoinGrant, JoinRefusal>) -> Bytes {
     Bytes::from_owner(record::encode(Kind::JoinAnswer, &[&[code], first, second]))
 }
 
-fn decode_answer(bytes: &[u8]) -> Result<Result<JoinGrant, JoinRefusal>, RecordError> {
+pub(crate) fn decode_answer(bytes: &[u8]) -> Result<Result<JoinGrant, JoinRefusal>, RecordError> {
     let [code, first, second] = record::decode(Kind::JoinAnswer, bytes)?;
     let [code] = record::fixed(code)?;
     Ok(match code {
@@ -334,17 +340,25 @@ fn accept(
     if fingerprint(&grant.authority) != token.fingerprint {
         return Err(JoinError::BadAnswer("its authority is not the token's"));
     }
+    let identity = checked(grant, key, clock)?;
+    if identity.peer.role != token.role {
+        return Err(JoinError::BadAnswer("its certificate is for another role"));
+    }
+    Ok(identity)
+}
+
+/// The identity that a grant of an authority that is trusted gives `key`.
+pub(crate) fn checked(
+    grant: JoinGrant,
+    key: PrivateKey,
+    clock: &Arc<dyn Clock>,
+) -> Result<LinkIdentity, JoinError> {
     let trust = Trust::new(grant.authority.clone(), clock.clone(), DenyList::default());
     let peer = trust
         .check(&grant.certificate, Side::Client)
         .map_err(|_| JoinError::BadAnswer("its certificate is not of its authority"))?;
-    let (_, parsed) = X509Certificate::from_der(&grant.certificate)
-        .map_err(|_| JoinError::BadAnswer("its certificate is malformed"))?;
-    if parsed.public_key().subject_public_key.data.as_ref() != key.public().0.as_slice() {
+    if key_of(&grant.certificate) != Some(key.public()) {
         return Err(JoinError::BadAnswer("its certificate is for another key"));
-    }
-    if peer.role != token.role {
-        return Err(JoinError::BadAnswer("its certificate is for another role"));
     }
     Ok(LinkIdentity { peer, key, certificate: grant.certificate, authority: grant.authority })
 }

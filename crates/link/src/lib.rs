@@ -7,7 +7,7 @@
 //!
 //! * [`authority`]: the server's certificate authority, its one-time tokens and its deny list, all kept in
 //!   [`world::Files`].
-//! * [`token`] and [`join`]: how a machine that knows nobody becomes an enrolled peer.
+//! * [`token`] and [`join`]: how a machine that knows nobody becomes an enrolled peer; [`Connector::renew`]: how it stays one.
 //! * [`trust`]: which certificates are accepted, for how long after their end, and which are denied.
 //! * [`frame`]: the opaque messages a link carries, and [`FrameLink`], the trait the engines are written against.
 //! * [`memory`]: a link inside one process, for tests and for the simulation.
@@ -36,6 +36,7 @@ pub mod trust;
 mod driver;
 mod queue;
 mod record;
+mod renew;
 mod session;
 mod tls;
 

@@ -23,8 +23,9 @@ use crate::identity::{LinkIdentity, PeerIdentity};
 use crate::join::{self, Admission, JOIN_FRAME_MAX};
 use crate::limits::{ACCEPT_QUEUE_MAX, HANDSHAKE_TIMEOUT, HANDSHAKES_MAX, JOIN_TIMEOUT};
 use crate::queue::{Capacity, Popped, Queue};
+use crate::renew;
 use crate::session::{TlsSocket, within};
-use crate::tls::{self, ALPN_JOIN, ALPN_REPLICATION, Joins};
+use crate::tls::{self, ALPN_JOIN, ALPN_RENEW, ALPN_REPLICATION, Joins};
 use crate::trust::{ClockHandle, Trust, identity_of_der};
 
 /// How long to wait after the system refused to accept, which happens when files or memory run out.
@@ -167,6 +168,9 @@ impl Hall {
             (Some(ALPN_REPLICATION), _) => self.receive_peer(socket).await,
             (Some(ALPN_JOIN), Some(admission)) => {
                 within("the join", JOIN_TIMEOUT, join::serve(&socket, admission.clone())).await
+            }
+            (Some(ALPN_RENEW), Some(admission)) => {
+                within("the renewal", JOIN_TIMEOUT, renew::serve(&socket, admission.clone())).await
             }
             _ => Err(LinkError::ProtocolViolation("it chose no protocol".to_owned())),
         }

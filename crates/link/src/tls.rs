@@ -21,6 +21,8 @@ use crate::trust::{ClockHandle, JoinVerifier, PeerVerifier, Trust};
 pub(crate) const ALPN_REPLICATION: &[u8] = b"farshore-repl/1";
 /// The protocol of the join exchange.
 pub(crate) const ALPN_JOIN: &[u8] = b"farshore-join/1";
+/// The protocol of renewals.
+pub(crate) const ALPN_RENEW: &[u8] = b"farshore-renew/1";
 
 static PROVIDER: LazyLock<Arc<CryptoProvider>> = LazyLock::new(|| {
     Arc::new(CryptoProvider {
@@ -46,7 +48,7 @@ impl TimeProvider for ClockHandle {
     }
 }
 
-/// The configuration of a listener, which serves replication and, if `joins`, the join exchange.
+/// The configuration of a listener, which serves replication and, if `joins`, the join exchange and renewals.
 pub(crate) fn server_config(
     identity: &LinkIdentity,
     trust: &Trust,
@@ -59,7 +61,7 @@ pub(crate) fn server_config(
         .with_client_cert_verifier(Arc::new(PeerVerifier { trust: trust.clone() }))
         .with_cert_resolver(certified(identity));
     config.alpn_protocols = match joins {
-        Joins::Taken => vec![ALPN_REPLICATION.to_vec(), ALPN_JOIN.to_vec()],
+        Joins::Taken => vec![ALPN_REPLICATION.to_vec(), ALPN_JOIN.to_vec(), ALPN_RENEW.to_vec()],
         Joins::NotTaken => vec![ALPN_REPLICATION.to_vec()],
     };
     // No resumption: every connection shows its certificate anew, so a denied peer stays out.
@@ -75,11 +77,12 @@ pub(crate) enum Joins {
     NotTaken,
 }
 
-/// A client's session for replication.
-pub(crate) fn replication_client(
+/// An enrolled client's session for `protocol`.
+pub(crate) fn peer_client(
     identity: &LinkIdentity,
     trust: &Trust,
     clock: ClockHandle,
+    protocol: &[u8],
 ) -> Result<Session, LinkError> {
     let mut config = ClientConfig::builder_with_details(provider(), Arc::new(clock))
         .with_protocol_versions(&[&TLS13])
@@ -87,7 +90,7 @@ pub(crate) fn replication_client(
         .dangerous()
         .with_custom_certificate_verifier(Arc::new(PeerVerifier { trust: trust.clone() }))
         .with_client_cert_resolver(certified(identity));
-    config.alpn_protocols = vec![ALPN_REPLICATION.to_vec()];
+    config.alpn_protocols = vec![protocol.to_vec()];
     client(config)
 }
 

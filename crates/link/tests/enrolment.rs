@@ -10,7 +10,7 @@ use link::{
     PrivateKey, Role, join,
 };
 use site::{ANY_SERVER, SOON, Site, open_authority};
-use world::{Files, RealFiles, SystemEntropy};
+use world::{Clock, Files, RealFiles, SystemEntropy};
 
 /// The token with other addresses in it.
 fn at(mut token: JoinToken, addresses: &[&str]) -> JoinToken {
@@ -276,6 +276,29 @@ fn the_authority_survives_restarts_keeps_secrets_private_and_is_never_replaced_w
     std::fs::write(&path, bytes).expect("writes");
     let damaged = link::Authority::open(Arc::new(files), site.clock.clone(), Arc::new(SystemEntropy), "authority");
     assert!(matches!(damaged.err(), Some(link::AuthorityError::Damaged { .. })));
+}
+
+#[test]
+fn a_peer_renews_its_certificate_while_it_is_accepted() {
+    let site = Site::new();
+    let token = site.token_for(Role::RecoveryHost, None);
+    let host = site.join("host", &token).expect("joins");
+    assert!(!host.is_due(site.clock.wall()));
+    site.clock.advance_days(61);
+    assert!(host.is_due(site.clock.wall()));
+    let renew = |identity: &LinkIdentity| site.connector(identity).renew(&site.address(), &ANY_SERVER);
+    let renewed = renew(&host).expect("renewed");
+    assert_eq!((renewed.peer, renewed.key.public()), (host.peer, host.key.public()));
+    assert!(!renewed.is_due(site.clock.wall()));
+    site.connect(&renewed).expect("it is accepted");
+    site.clock.advance_days(200);
+    let again = renew(&renewed).expect("the grace is for renewing");
+    site.authority.deny(again.peer).expect("denied");
+    let denied = renew(&again).expect_err("removed");
+    assert!(matches!(denied, JoinError::Link(_) | JoinError::Refused(JoinRefusal::Denied)), "{denied:?}");
+    // A server's certificate is not given out by renewing.
+    let server = site.authority.own_identity(Role::ProcessServer).expect("kept");
+    assert!(matches!(renew(&server), Err(JoinError::Refused(JoinRefusal::BadRequest))));
 }
 
 /// Whether `stored` holds the 32 secret bytes of the printed token, which start 50 bytes into it.

@@ -19,7 +19,9 @@ use serde::{Deserialize, Serialize};
 use crate::branch::Branch;
 use crate::failback::{Failback, FailbackConfig, FailbackStatus, HomeLine};
 use crate::home_disk::{HomeOrder, Refusal};
+use crate::home_proof::ProofScope;
 use crate::limits;
+use crate::succession::Succession;
 
 /// Where a master target is.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -52,6 +54,12 @@ pub enum Command {
         home: HomeAddress,
         /// Which disks.
         disks: Vec<HomeOrder>,
+        /// What home reads again for the proof.
+        #[serde(default)]
+        proof: ProofScope,
+        /// What becomes of the machine's own chain.
+        #[serde(default)]
+        succession: Succession,
     },
     /// Cut over as soon as home follows.
     CutOver,
@@ -84,6 +92,18 @@ pub struct Answer {
     pub unsealed_bytes: u64,
     /// The failback, if one was begun.
     pub failback: Option<FailbackStatus>,
+    /// Where it goes, while it runs.
+    #[serde(default)]
+    pub destination: Option<Destination>,
+}
+
+/// Where a failback goes.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Destination {
+    /// The master target.
+    pub home: HomeAddress,
+    /// Its disks.
+    pub disks: Vec<HomeOrder>,
 }
 
 /// A disk of a branch.
@@ -108,11 +128,16 @@ pub fn control_path(directory: &Path) -> PathBuf {
     directory.join("control.sock")
 }
 
+struct Running {
+    failback: Failback,
+    destination: Destination,
+}
+
 struct Shared {
     branch: Arc<Branch>,
     connector: Arc<dyn HomeConnector>,
     config: FailbackConfig,
-    failback: Mutex<Option<Failback>>,
+    failback: Mutex<Option<Running>>,
     discarded: AtomicBool,
     stop: AtomicBool,
 }
@@ -176,7 +201,8 @@ impl ControlServer {
 
     /// The failback, if one was begun.
     pub fn failback(&self) -> Option<FailbackStatus> {
-        self.shared.failback.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(Failback::status)
+        let running = self.shared.failback.lock().unwrap_or_else(PoisonError::into_inner);
+        running.as_ref().map(|running| running.failback.status())
     }
 }
 
@@ -219,15 +245,17 @@ impl Shared {
         };
         match command {
             Command::Status => Ok(()),
-            Command::Failback { home, disks } => {
+            Command::Failback { home, disks, proof, succession } => {
                 let line = self.connector.line(&home)?;
-                *failback = Some(Failback::start(Arc::clone(&self.branch), disks, line, self.config)?);
+                let config = FailbackConfig { proof, succession, ..self.config };
+                let begun = Failback::start(Arc::clone(&self.branch), disks.clone(), line, config)?;
+                *failback = Some(Running { failback: begun, destination: Destination { home, disks } });
                 Ok(())
             }
-            Command::CutOver => failback.as_ref().map(Failback::cut_over).ok_or_else(none),
+            Command::CutOver => failback.as_ref().map(|running| running.failback.cut_over()).ok_or_else(none),
             Command::Cancel => failback.take().map(drop).ok_or_else(none),
             Command::Discard => {
-                if failback.as_ref().is_some_and(|failback| !failback.is_over()) {
+                if failback.as_ref().is_some_and(|running| !running.failback.is_over()) {
                     return Err(Refusal::new(
                         "this branch is being brought home",
                         "the home disks would be left between two states",
@@ -246,7 +274,11 @@ impl Shared {
 
     fn answer(&self, outcome: Result<(), Refusal>) -> Answer {
         let figures = self.branch.figures();
-        let failback = self.failback.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(Failback::status);
+        let running = self.failback.lock().unwrap_or_else(PoisonError::into_inner);
+        let failback = running.as_ref().map(|running| running.failback.status());
+        let destination = running.as_ref().filter(|running| !running.failback.is_over());
+        let destination = destination.map(|running| running.destination.clone());
+        drop(running);
         Answer {
             ok: outcome.is_ok(),
             problem: outcome.err(),
@@ -258,6 +290,7 @@ impl Shared {
             committed: figures.committed.to_string(),
             unsealed_bytes: figures.unsealed_bytes,
             failback,
+            destination,
         }
     }
 }

@@ -8,7 +8,8 @@
 //!
 //! The engine of the mobility agent follows the branch's splitter; hashes come from the branch's index, so that what is
 //! equal is not even read. The cut over brings the disks to rest, ends the stream with a marker, waits until the master
-//! target has all of it, and has every granule at home hashed and compared with the branch's head.
+//! target has all of it, and compares the hash of every leaf at home with the branch's head: as home read it for the
+//! comparison, or again since it was written ([`ProofScope`]).
 //!
 //! A crash of this side leaves the branch as it was: failing back again begins with a comparison.
 //!
@@ -27,7 +28,9 @@ use serde::{Deserialize, Serialize};
 pub use self::run::{FailbackRun, Turn};
 use crate::branch::Branch;
 use crate::home_disk::{HomeOrder, Refusal};
+use crate::home_proof::ProofScope;
 use crate::lent_capture::LentCapture;
+use crate::succession::Succession;
 
 /// The way to a master target. Called again whenever a link ended.
 pub trait HomeLine: Send {
@@ -84,6 +87,9 @@ pub struct FailbackStatus {
     pub behind_bytes: u64,
     /// Bytes of home proved equal.
     pub proved_bytes: u64,
+    /// Bytes of home that were read for the proof, while the branch was at rest.
+    #[serde(default)]
+    pub proof_read_bytes: u64,
     /// Bytes of messages to and from the master target in all, hashes and proofs included; without what TLS adds.
     pub wire_bytes: u64,
     /// Links that were made so far.
@@ -107,6 +113,10 @@ pub struct FailbackConfig {
     pub reconnect_pause: Duration,
     /// Bytes of disk compared at once; a multiple of 64 KiB.
     pub chunk_bytes: u64,
+    /// What home reads again for the proof.
+    pub proof: ProofScope,
+    /// What becomes of the machine's own chain.
+    pub succession: Succession,
 }
 
 impl Default for FailbackConfig {
@@ -115,6 +125,8 @@ impl Default for FailbackConfig {
             rest_limit: Duration::from_secs(3600),
             reconnect_pause: Duration::from_secs(1),
             chunk_bytes: 1 << 20,
+            proof: ProofScope::default(),
+            succession: Succession::default(),
         }
     }
 }
@@ -185,6 +197,7 @@ impl FailbackRun {
             sent_bytes: 0,
             behind_bytes: 0,
             proved_bytes: 0,
+            proof_read_bytes: 0,
             wire_bytes: 0,
             connections: 0,
             elapsed_ms: 0,

@@ -46,9 +46,11 @@ mod replay;
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::control::{HomeAddress, ServedDisk};
+    use crate::control::{Destination, HomeAddress, ServedDisk};
     use crate::home_disk::{HomeOrder, Refusal};
+    use crate::home_proof::ProofScope;
     use crate::home_wire::{HOME_VERSION, HomeMessage};
+    use crate::succession::Succession;
     use replication::SequenceNumber;
     use replication::wire::Message;
 
@@ -75,8 +77,8 @@ mod tests {
         let seeds = [
             ("order", said(message)),
             ("refused", said(HomeMessage::Refused { refusal })),
-            ("prove", said(HomeMessage::Prove { id: 1, disk: 0, start: 65_536, len: 4096 })),
-            ("digest", said(HomeMessage::Digest { id: 1, digest: Some("a".repeat(64)) })),
+            ("prove", said(HomeMessage::Prove { id: 1, disk: 0, start: 65_536, len: 4096, scope: ProofScope::Whole })),
+            ("digest", said(HomeMessage::Digest { id: 1, digest: Some("a".repeat(64)), read_bytes: 4096 })),
             ("complete", said(HomeMessage::Complete)),
             ("bye", bytes(replication_frame(&end))),
             ("ack", bytes(replication_frame(&proof))),
@@ -98,11 +100,13 @@ mod tests {
             committed: "1.4".into(),
             unsealed_bytes: 4096,
             failback: None,
+            destination: Some(Destination { home: HomeAddress::Here, disks: vec![order()] }),
         };
         let home = HomeAddress::At("mt.example:7443".into());
+        let (proof, succession) = (ProofScope::Whole, Succession::CloseHistory);
         let seeds = [
             ("status", command(&Command::Status)),
-            ("failback", command(&Command::Failback { home, disks: vec![order()] })),
+            ("failback", command(&Command::Failback { home, disks: vec![order()], proof, succession })),
             ("cut-over", command(&Command::CutOver)),
             ("answer", serde_json::to_vec(&answer).expect("plain data")),
         ];

@@ -2,12 +2,14 @@
 
 use std::fmt;
 use std::fs::File;
+use std::num::NonZeroU64;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use replication::DiskId;
-use rustix::fs::{FlockOperation, Mode, OFlags};
+use replication::geometry::ByteRange;
+use rustix::fs::{Advice, FlockOperation, Mode, OFlags};
 use serde::{Deserialize, Serialize};
 use world::{Access, BlockDevice, FileDevice};
 
@@ -191,7 +193,7 @@ pub struct HomeDisk {
     /// Reads that see the medium; the same device where there is nothing to choose.
     direct: Option<Box<dyn BlockDevice>>,
     /// Holds the claim: exclusive open of a block device, lock of an image file.
-    _claim: Option<File>,
+    claim: Option<File>,
 }
 
 impl HomeDisk {
@@ -201,7 +203,7 @@ impl HomeDisk {
     /// [`Refusal`] if it is too small.
     pub fn on(order: &HomeOrder, device: Box<dyn BlockDevice>) -> Result<HomeDisk, Refusal> {
         check_size(order, &*device)?;
-        Ok(HomeDisk { order: order.clone(), device, direct: None, _claim: None })
+        Ok(HomeDisk { order: order.clone(), device, direct: None, claim: None })
     }
 
     /// Checks and claims the disk. Nothing is written.
@@ -248,7 +250,7 @@ impl HomeDisk {
             order: order.clone(),
             device: Box::new(disk),
             direct: direct.map(|direct| Box::new(direct) as Box<dyn BlockDevice>),
-            _claim: Some(claim),
+            claim: Some(claim),
         })
     }
 
@@ -265,6 +267,14 @@ impl HomeDisk {
     /// The disk for reads that prove something.
     pub fn medium(&self) -> &dyn BlockDevice {
         &**self.direct.as_ref().unwrap_or(&self.device)
+    }
+
+    /// Has the system forget what it holds in memory of `range` of an image file, so that the next read comes from below.
+    /// A request that the system may ignore; what is not durable stays.
+    pub(crate) fn uncache(&self, range: ByteRange) {
+        if let (None, Some(file)) = (&self.direct, &self.claim) {
+            let _ = rustix::fs::fadvise(file, range.start, NonZeroU64::new(range.len), Advice::DontNeed);
+        }
     }
 }
 

@@ -23,6 +23,7 @@ use replication::wire::Message;
 use serde::{Deserialize, Serialize};
 
 use crate::home_disk::{HomeOrder, Refusal};
+use crate::home_proof::ProofScope;
 
 /// Version of what this file says.
 pub const HOME_VERSION: u16 = 1;
@@ -51,23 +52,29 @@ pub enum HomeMessage {
         /// Why.
         refusal: Refusal,
     },
-    /// Read this range of the home disk and hash it.
+    /// What does this range of the home disk hold?
     Prove {
         /// Which question.
         id: u64,
         /// The disk.
         disk: u16,
-        /// First byte, a multiple of 64 KiB.
+        /// First byte, a multiple of [`limits::PROOF_RANGE_BYTES`](crate::limits::PROOF_RANGE_BYTES).
         start: u64,
-        /// Bytes.
+        /// Bytes: as many as that, or up to the end of the disk.
         len: u64,
+        /// What must be read for the answer.
+        #[serde(default)]
+        scope: ProofScope,
     },
-    /// BLAKE3 over the keyed leaf hashes of the range, in order.
+    /// The sum over the terms of the range's leaves.
     Digest {
         /// Which question.
         id: u64,
         /// 64 hexadecimal digits; `None` if the disk cannot be read there.
         digest: Option<String>,
+        /// Bytes of disk that were read for this answer.
+        #[serde(default)]
+        read_bytes: u64,
     },
     /// Equality is proved: the disks are usable.
     Complete,

@@ -24,8 +24,14 @@ pub const READ_AHEAD_QUEUE_MAX: usize = 16;
 pub const CONTROL_LINE_BYTES_MAX: u64 = 64 << 10;
 /// Separate ranges of stream writes that a master target remembers during a heal. Beyond, the heal starts again later.
 pub const SHIELD_RANGES_MAX: usize = 4 << 20;
-/// Bytes of disk that one proof of equality covers.
-pub const PROOF_RANGE_BYTES: u64 = 64 << 20;
+/// Bytes of disk that one proof of equality covers. What is known of home takes 48 bytes for each, and 520 more while some
+/// of it is known and some is not.
+pub const PROOF_RANGE_BYTES: u64 = 16 << 20;
+/// Such ranges of one disk that may be known in part, 64 MiB of memory. Beyond, a range that was written to is read as a
+/// whole by the proof.
+pub const PARTLY_KNOWN_MAX: usize = 128 << 10;
+/// A machine that was proven current more recently than this may well be running.
+pub const HEARD_RECENTLY: Duration = Duration::from_secs(300);
 /// Stream bytes that may be under way to a master target.
 pub const WINDOW_BYTES: u64 = 16 << 20;
 /// How long a peer of a failback may be silent.

@@ -13,7 +13,7 @@ use history::{CHAIN, DISK, MACHINE, World, noise};
 use recovery::control::{Command, HomeAddress};
 use recovery::{
     Branch, BranchError, BranchRunner, ControlClient, ControlServer, Failback, FailbackConfig, FailbackStatus,
-    HomeConnector, HomeLine, HomeOrder, HostView, LocalHome, MasterTarget, Phase, Refusal,
+    HomeConnector, HomeLine, HomeOrder, HostView, LocalHome, MasterTarget, Phase, ProofScope, Refusal, Succession,
 };
 use replication::{ChainId, DiskId};
 use vault::{Catalog, ChainHistory, Moment};
@@ -32,7 +32,12 @@ fn order(disk: DiskId, path: &Path, size: u64) -> HomeOrder {
 }
 
 fn config() -> FailbackConfig {
-    FailbackConfig { reconnect_pause: Duration::from_millis(10), chunk_bytes: 256 << 10, ..FailbackConfig::default() }
+    FailbackConfig {
+        reconnect_pause: Duration::from_millis(10),
+        chunk_bytes: 256 << 10,
+        succession: Succession::CloseHistory,
+        ..FailbackConfig::default()
+    }
 }
 
 /// Waits until `is` holds of the failback; panics with its state after a while.
@@ -139,6 +144,7 @@ fn a_diverged_disk_follows_a_live_branch_and_ends_equal() {
     failback.cut_over();
     let done = wait(&failback, "the end", |status| status.phase == Phase::Done);
     assert_eq!(done.proved_bytes, SIZE + (1 << 20));
+    assert!(done.proof_read_bytes < SIZE, "what was not written since the comparison is not read again: {done:?}");
     let homes: Vec<Vec<u8>> = orders.iter().map(|order| std::fs::read(&order.path).unwrap()).collect();
     assert!(homes[0][..SIZE as usize] == expected[0], "home equals the branch");
     assert!(homes[0][SIZE as usize..] == [1; 4096], "what lies beyond the branch's disk is left alone");
@@ -186,12 +192,13 @@ fn only_what_differs_travels() {
 }
 
 #[test]
-fn a_home_that_is_changed_behind_our_back_is_not_proved() {
+fn a_home_that_is_changed_behind_our_back_is_not_proved_by_reading_it_whole() {
     let world = world();
     let branch = open_branch(&world);
     let orders = diverged_home(&world, &branch);
     let home = LocalHome::new(target(&world.folder.path().join("mt")));
-    let failback = Failback::start(Arc::clone(&branch), orders.clone(), Box::new(home), config()).unwrap();
+    let whole = FailbackConfig { proof: ProofScope::Whole, ..config() };
+    let failback = Failback::start(Arc::clone(&branch), orders.clone(), Box::new(home), whole).unwrap();
     wait(&failback, "following", |status| status.phase == Phase::Following);
     let file = std::fs::OpenOptions::new().write(true).open(&orders[0].path).unwrap();
     std::os::unix::fs::FileExt::write_all_at(&file, &[0x55], 7_000_000).unwrap();
@@ -199,17 +206,102 @@ fn a_home_that_is_changed_behind_our_back_is_not_proved() {
     let refused = wait(&failback, "the refusal", |status| status.problem.is_some());
     assert!(refused.problem.unwrap().what.contains("differs from the branch"));
     assert_ne!(failback.status().phase, Phase::Done);
+    assert!(matches!(standing(&world), vault::chain::Phase::Open), "nothing is closed for a home that is not proved");
     // The branch goes on.
     branch.disk(DISK).unwrap().write_at(0, &[3; 100]).unwrap();
-    drop(failback);
     assert_eq!(target(&world.folder.path().join("mt")).unfinished().unwrap().len(), 1);
-    // A second attempt compares again and succeeds.
+    // The next cut over compares again first, and succeeds.
+    failback.cut_over();
+    let done = wait(&failback, "the end", |status| status.phase == Phase::Done);
+    assert!(done.connections >= 2 && done.proof_read_bytes == SIZE + (1 << 20), "{done:?}");
+    assert!(std::fs::read(&orders[0].path).unwrap()[..SIZE as usize] == contents(&branch, DISK));
+}
+
+#[test]
+fn a_write_that_did_not_arrive_is_not_proved() {
+    let world = world();
+    let branch = open_branch(&world);
+    let orders = diverged_home(&world, &branch);
     let home = LocalHome::new(target(&world.folder.path().join("mt")));
     let failback = Failback::start(Arc::clone(&branch), orders.clone(), Box::new(home), config()).unwrap();
     wait(&failback, "following", |status| status.phase == Phase::Following);
+    // Past the splitter, so that nobody tells home of it.
+    branch.core().write(DISK, 7_000_000, &[0x55]).unwrap();
+    failback.cut_over();
+    let refused = wait(&failback, "the refusal", |status| status.problem.is_some());
+    assert!(refused.problem.unwrap().what.contains("differs from the branch"));
     failback.cut_over();
     wait(&failback, "the end", |status| status.phase == Phase::Done);
     assert!(std::fs::read(&orders[0].path).unwrap()[..SIZE as usize] == contents(&branch, DISK));
+}
+
+fn standing(world: &World) -> vault::chain::Phase {
+    ChainHistory::load(world.store(), world.vault.keys(), CHAIN).unwrap().standing.phase
+}
+
+/// Begins a failback that is refused before anything is touched; the refusal.
+fn refused(branch: &Arc<Branch>, orders: &[HomeOrder], notes: &Path, succession: Succession) -> Refusal {
+    let home = LocalHome::new(target(notes));
+    let config = FailbackConfig { succession, ..config() };
+    let before: Vec<Vec<u8>> = orders.iter().map(|order| std::fs::read(&order.path).unwrap()).collect();
+    let failback = Failback::start(Arc::clone(branch), orders.to_vec(), Box::new(home), config).unwrap();
+    let begun = Instant::now();
+    while !failback.is_over() {
+        assert!(begun.elapsed() < Duration::from_secs(60), "{:?}", failback.status());
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    let status = failback.status();
+    assert!(status.phase == Phase::Failed && status.refused && status.connections == 0, "{status:?}");
+    assert!(orders.iter().zip(&before).all(|(order, before)| std::fs::read(&order.path).unwrap() == *before));
+    assert!(target(notes).unfinished().unwrap().is_empty());
+    status.problem.unwrap()
+}
+
+#[test]
+fn a_branch_becomes_the_machines_history_after_a_failover_or_by_closing_it_only() {
+    let world = world();
+    let branch = open_branch(&world);
+    let orders = diverged_home(&world, &branch);
+    let notes = world.folder.path().join("mt");
+    let refusal = refused(&branch, &orders, &notes, Succession::AfterFailover);
+    assert!(refusal.what.contains("has not failed over"), "{refusal}");
+    assert!(refusal.advice.contains("farshore failover") && refusal.advice.contains("--close-history"), "{refusal}");
+    // Another branch took over: this one does not, whatever is said.
+    let operator = Arc::new(world.vault.owner_session(&world.entropy, &world.clock).unwrap());
+    let control = vault::ChainControl::new(world.store(), &operator, world.vault.keys());
+    let other = ChainId([0x99; 16]);
+    control.close(CHAIN, other, "the site is lost").unwrap();
+    for wish in [Succession::AfterFailover, Succession::CloseHistory] {
+        let refusal = refused(&branch, &orders, &notes, wish);
+        assert!(refusal.what.contains(&other.to_string()), "{refusal}");
+        assert!(refusal.advice.contains("farshore failover cancel"), "{refusal}");
+    }
+    control.commit(CHAIN).unwrap();
+    let refusal = refused(&branch, &orders, &notes, Succession::AfterFailover);
+    assert!(refusal.what.contains("for good") && refusal.advice.contains("--close-history"), "{refusal}");
+    drop(branch);
+
+    // Without the authority to close it is refused at the beginning, not at the end.
+    let world = self::world();
+    drop(open_branch(&world));
+    let reader = world.vault.without_owner();
+    let branch = world.host_with(reader, World::config()).open(CHAIN, &Moment::Latest, "away").unwrap();
+    let branch = Arc::new(branch);
+    let orders = diverged_home(&world, &branch);
+    let notes = world.folder.path().join("mt");
+    let refusal = refused(&branch, &orders, &notes, Succession::CloseHistory);
+    assert!(refusal.why.contains("operator") && refusal.advice.contains("branch reopen"), "{refusal}");
+    // The machine failed over to this very branch: nothing more is needed.
+    let operator = Arc::new(world.vault.owner_session(&world.entropy, &world.clock).unwrap());
+    vault::ChainControl::new(world.store(), &operator, world.vault.keys()).close(CHAIN, branch.id(), "lost").unwrap();
+    let home = LocalHome::new(target(&notes));
+    let config = FailbackConfig { succession: Succession::AfterFailover, ..config() };
+    let failback = Failback::start(Arc::clone(&branch), orders.clone(), Box::new(home), config).unwrap();
+    wait(&failback, "following", |status| status.phase == Phase::Following);
+    failback.cut_over();
+    wait(&failback, "the end", |status| status.phase == Phase::Done);
+    let catalog = Catalog::load(world.store(), world.vault.keys()).unwrap();
+    assert_eq!(catalog.machines[&MACHINE].chain, branch.id());
 }
 
 struct Here(Arc<MasterTarget>);
@@ -236,13 +328,19 @@ fn another_process_fails_back_through_the_control_socket() {
     let status = client.ask(&Command::Status).unwrap();
     assert!(status.ok && status.failback.is_none() && status.branch == branch.id().to_string());
     assert!(!client.ask(&Command::CutOver).unwrap().ok);
-    let away = Command::Failback { home: HomeAddress::At("nowhere".into()), disks: orders.clone() };
+    let order = |home: HomeAddress, disks: &[HomeOrder]| Command::Failback {
+        home,
+        disks: disks.to_vec(),
+        proof: ProofScope::WrittenSince,
+        succession: Succession::CloseHistory,
+    };
+    let away = order(HomeAddress::At("nowhere".into()), &orders);
     assert!(client.ask(&away).unwrap().problem.unwrap().what.contains("nowhere"));
     // Too small: refused, nothing written, and another attempt is possible.
     let small = world.folder.path().join("small");
     std::fs::write(&small, vec![9; 4096]).unwrap();
     let good = std::mem::replace(&mut orders[1].path, small.clone());
-    assert!(client.ask(&Command::Failback { home: HomeAddress::Here, disks: orders.clone() }).unwrap().ok);
+    assert!(client.ask(&order(HomeAddress::Here, &orders)).unwrap().ok);
     let begun = Instant::now();
     let refused = loop {
         let answer = client.ask(&Command::Status).unwrap();
@@ -255,7 +353,10 @@ fn another_process_fails_back_through_the_control_socket() {
     assert!(refused.problem.unwrap().what.contains("4096 bytes"));
     assert!(std::fs::read(&small).unwrap() == vec![9; 4096]);
     orders[1].path = good;
-    assert!(client.ask(&Command::Failback { home: HomeAddress::Here, disks: orders.clone() }).unwrap().ok);
+    let answer = client.ask(&order(HomeAddress::Here, &orders)).unwrap();
+    assert!(answer.ok);
+    let destination = answer.destination.expect("it runs");
+    assert_eq!((destination.home, destination.disks), (HomeAddress::Here, orders.clone()), "whoever comes later is told");
     assert!(client.ask(&Command::CutOver).unwrap().ok);
     assert!(!client.ask(&Command::Discard).unwrap().ok, "not while it is being brought home");
     while !server.is_over() {

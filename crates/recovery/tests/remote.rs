@@ -14,7 +14,7 @@ use history::{CHAIN, DISK, World, noise};
 use link::{Authority, Connector, LinkRuntime, Listener, Reception, Role};
 use recovery::{
     Branch, BranchRunner, Failback, FailbackConfig, FailbackStatus, HomeOrder, HomeReception, HomeRules, HostView,
-    MasterTarget, Phase, RemoteHome,
+    MasterTarget, Phase, RemoteHome, Succession,
 };
 use replication::DiskId;
 use vault::Moment;
@@ -85,7 +85,12 @@ fn world() -> World {
 }
 
 fn config() -> FailbackConfig {
-    FailbackConfig { reconnect_pause: Duration::from_millis(10), chunk_bytes: 256 << 10, ..FailbackConfig::default() }
+    FailbackConfig {
+        reconnect_pause: Duration::from_millis(10),
+        chunk_bytes: 256 << 10,
+        succession: Succession::CloseHistory,
+        ..FailbackConfig::default()
+    }
 }
 
 fn order(disk: DiskId, path: &Path, size_bytes: u64) -> HomeOrder {

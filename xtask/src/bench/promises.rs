@@ -35,7 +35,7 @@ impl Promised {
             Promised::AgentMemory => "memory of the agent besides its ring",
             Promised::ServerMemory => "memory of the process server per idle machine",
             Promised::FailbackBytes => "failback after a change of 1 %: bytes sent",
-            Promised::FailbackTime => "failback after a change of 1 %: time until home follows",
+            Promised::FailbackTime => "failback after a change of 1 %: time until home follows, and what is read twice",
         }
     }
 
@@ -53,7 +53,7 @@ impl Promised {
             Promised::AgentMemory => "≤ 40 MiB",
             Promised::ServerMemory => "≤ 4 MiB",
             Promised::FailbackBytes => "≤ 1.1 × changed bytes",
-            Promised::FailbackTime => "about one local read of the home disk",
+            Promised::FailbackTime => "about one local read of the home disk, and ≤ 2 × changed bytes again",
         }
     }
 }

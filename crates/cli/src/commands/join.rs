@@ -5,7 +5,7 @@ use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use link::{Connector, DenyList, JoinError, JoinPlan, JoinToken, LinkIdentity, LinkRuntime, Role, Trust};
+use link::{Connector, DenyList, Expected, JoinError, JoinPlan, JoinToken, LinkIdentity, LinkRuntime, Role, Trust};
 use serde_json::json;
 use world::{RealFiles, SystemEntropy};
 
@@ -93,11 +93,12 @@ fn refused(error: &JoinError) -> Failure {
     }
 }
 
-/// What opens links of this host, if it joined a server.
+/// What opens links of this host to the server at `address`, if it joined one. A certificate that nears its end is renewed
+/// there first; if that fails the old one is used, which is accepted for long after its end.
 ///
 /// # Errors
 /// In three parts: it did not, or its identity cannot be used.
-pub(crate) fn connector(root: &Path) -> Done<Connector> {
+pub(crate) fn connector(root: &Path, address: &str) -> Done<Connector> {
     let path = root.join(IDENTITY);
     let join = "order a token at the server (`farshore token new --role recovery-host`), then \
                 `farshore join --token-file FILE` here, with the --state-dir of the branch";
@@ -113,5 +114,22 @@ pub(crate) fn connector(root: &Path) -> Done<Connector> {
     }
     let runtime = LinkRuntime::new(1).map_err(|error| io_failure("no link can be opened", &error))?;
     let trust = Trust::new(identity.authority.clone(), clock(), DenyList::default());
-    Ok(Connector::new(runtime, identity, trust, clock()))
+    let due = identity.is_due(clock().wall());
+    let connector = Connector::new(runtime.clone(), identity, trust.clone(), clock());
+    if !due {
+        return Ok(connector);
+    }
+    match connector.renew(address, &Expected { role: Role::ProcessServer, id: None }) {
+        Ok(renewed) => {
+            match renewed.store(&RealFiles::new(root), IDENTITY) {
+                Ok(()) => tracing::info!(peer = %renewed.peer, "the certificate of this host was renewed"),
+                Err(error) => tracing::warn!(%error, "the renewed certificate cannot be kept; it is renewed again next time"),
+            }
+            Ok(Connector::new(runtime, renewed, trust, clock()))
+        }
+        Err(error) => {
+            tracing::warn!(error = chain(&error), "the certificate of this host nears its end and could not be renewed");
+            Ok(connector)
+        }
+    }
 }

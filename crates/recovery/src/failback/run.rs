@@ -7,6 +7,8 @@
 //!
 //! From *Settling* on the branch is at rest, by the guard in [`Rest`]: leaving these states in any way lets it go on.
 
+mod prove;
+
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -17,8 +19,10 @@ use replication::geometry::ByteRange;
 use replication::sender::SenderConfig;
 use replication::wire::{OfferHashes, OfferedLeaf};
 use replication::{ChainId, DiskId, InstanceId, MarkerKind, PointTime, SequenceNumber};
+use vault::VaultError;
 use world::Monotonic;
 
+use self::prove::Proof;
 use super::{FailbackConfig, FailbackStatus, HomeLine, LineError, Phase, Shared, lock};
 use crate::branch::Branch;
 use crate::core::{BranchCore, SealWish};
@@ -26,7 +30,7 @@ use crate::home_disk::{HomeOrder, Refusal};
 use crate::home_wire::{HOME_VERSION, HomeMessage, HomeWire};
 use crate::lent_capture::LentCapture;
 use crate::limits;
-use crate::master_target::digest_of;
+use crate::succession::NoSuccession;
 
 /// The hashes of a branch, from its index.
 struct BranchHashes(Arc<BranchCore>);
@@ -82,17 +86,6 @@ struct Rest {
     since: Monotonic,
 }
 
-/// Questions to home about what it holds.
-struct Proof {
-    ranges: Vec<(DiskId, ByteRange)>,
-    /// Id of the first question. Answers to questions of an earlier proof have smaller ones.
-    first_id: u64,
-    asked: usize,
-    answered: usize,
-    /// What the branch's head says to the first question that is not answered.
-    ours: Option<Option<String>>,
-}
-
 enum State {
     /// No link; the next one is tried at this moment.
     Pausing {
@@ -141,13 +134,17 @@ pub struct FailbackRun {
     begun: Monotonic,
     /// The branch's chain has been ended; only the master target has to hear of it.
     finished: bool,
+    /// The vault was asked whether the branch may become the machine's history.
+    admitted: bool,
+    /// A proof failed: home is compared again before the next one.
+    distrusted: bool,
+    /// The comparison with which every session begins has begun. Before that the sender looks as if nothing were left to do.
+    begun_comparing: bool,
     next_proof: u64,
     /// Bytes of the sessions that ended.
     wire_bytes: u64,
 }
 
-/// Questions of the proof that are asked before the first is answered.
-const PROOFS_IN_FLIGHT: usize = 4;
 /// Pause between attempts to record in the vault that the machine came home.
 const RECORD_PAUSE: Duration = Duration::from_secs(1);
 /// How long that is tried.
@@ -161,7 +158,7 @@ fn unequal(what: String) -> Refusal {
     Refusal::new(
         what,
         "home is not what the branch is, so it must not be used",
-        "check the disks for errors and fail back again; the branch goes on",
+        "check the disks for errors and cut over again: home is compared anew first; the branch goes on",
     )
 }
 
@@ -206,6 +203,9 @@ impl FailbackRun {
             state,
             begun,
             finished,
+            admitted: false,
+            distrusted: false,
+            begun_comparing: false,
             next_proof: 0,
             wire_bytes: 0,
         }
@@ -321,6 +321,9 @@ impl FailbackRun {
             self.engine.step(None);
             return Ok((State::Pausing { until }, Turn::Idle));
         }
+        if !self.admitted && !self.admit()? {
+            return Ok((State::Pausing { until: self.now().plus(self.config.reconnect_pause) }, Turn::Idle));
+        }
         let first = lock(&self.shared.status).connections == 0;
         let link = self.line.connect().map_err(|error| match error {
             LineError::NotNow(reason) if !first => SessionEnd::Lost(format!("{}: {}", reason.what, reason.why)),
@@ -335,6 +338,34 @@ impl FailbackRun {
         })?;
         self.wire = Some(wire);
         Ok((State::Ordering { since: self.now() }, Turn::Busy))
+    }
+
+    /// Whether the branch may become the machine's history, before anything at home is touched. `false` if the vault cannot
+    /// be asked now.
+    fn admit(&mut self) -> Result<bool, SessionEnd> {
+        let refusal = match self.branch.judge_succession(self.config.succession) {
+            Ok(_) => {
+                self.admitted = true;
+                return Ok(true);
+            }
+            Err(NoSuccession::Vault(VaultError::Store(error))) => {
+                let problem = Refusal::new(
+                    format!("the vault does not say now whether the branch may become the machine's history: {error}"),
+                    "nothing at home is touched before that is known",
+                    "nothing: it is asked again by itself",
+                );
+                self.set(|status| status.problem = Some(problem));
+                return Ok(false);
+            }
+            Err(NoSuccession::Vault(error)) => Refusal::new(
+                format!("it cannot be told whether the branch may become the machine's history: {error}"),
+                "the vault's catalog, or the machine's chain, cannot be read",
+                "see `farshore vault verify`",
+            ),
+            Err(NoSuccession::Refused(refusal)) => refusal,
+        };
+        self.set(|status| status.refused = true);
+        Err(SessionEnd::Refused(refusal))
     }
 
     fn wire(&mut self) -> Result<&mut HomeWire, SessionEnd> {
@@ -367,6 +398,7 @@ impl FailbackRun {
             status.phase = Phase::Comparing;
             status.problem = None;
         });
+        self.begun_comparing = false;
         self.engine.link_up();
         Ok((State::Streaming, Turn::Busy))
     }
@@ -390,7 +422,8 @@ impl FailbackRun {
         let turn = self.step_engine()?;
         let status = self.engine.status();
         let following = self.engine.sender().is_quiet();
-        let healing = status.healing;
+        self.begun_comparing |= status.healing;
+        let healing = status.healing || !self.begun_comparing;
         self.set(|shown| {
             shown.planned_bytes = status.heal.planned_bytes;
             shown.compared_bytes = status.heal.compared_bytes;
@@ -399,6 +432,12 @@ impl FailbackRun {
             shown.phase = if healing { Phase::Comparing } else { Phase::Following };
         });
         if !healing && (following || turn == Turn::Idle) && self.shared.cut_over.swap(false, Ordering::SeqCst) {
+            if std::mem::take(&mut self.distrusted) {
+                // Home forgets what it knew, and everything is compared again; then the cut over follows.
+                self.hang_up();
+                self.shared.cut_over();
+                return Ok((State::Pausing { until: self.now() }, Turn::Busy));
+            }
             return Ok((self.come_to_rest(), Turn::Busy));
         }
         Ok((State::Streaming, turn))
@@ -447,69 +486,19 @@ impl FailbackRun {
             let problem = goes_on(format!("the branch's last changes could not be committed: {error}"));
             return Ok((self.resume(problem), Turn::Busy));
         }
-        let ranges: Vec<(DiskId, ByteRange)> = core
-            .disks()
-            .iter()
-            .filter_map(|geometry| Some((geometry.disk, geometry.range()?)))
-            .flat_map(|(disk, range)| range.split_at_multiples(limits::PROOF_RANGE_BYTES).map(move |part| (disk, part)))
-            .collect();
-        self.set(|status| {
-            status.phase = Phase::Proving;
-            status.proved_bytes = 0;
-        });
-        let proof = Proof { first_id: self.next_proof, ranges, asked: 0, answered: 0, ours: None };
-        self.next_proof += proof.ranges.len() as u64;
-        Ok((State::Proving { rest, proof, since: self.now() }, Turn::Busy))
+        Ok(self.begin_proof(rest))
     }
 
-    /// Has every granule at home read and hashed, and compares with the branch's head: one answer at a time.
-    fn prove(&mut self, rest: Rest, mut proof: Proof, since: Monotonic) -> Next {
-        if !rest.frozen.holds() {
-            return Ok((self.resume(goes_on("the branch was at rest for too long".into())), Turn::Busy));
-        }
-        let Some(&(disk, range)) = proof.ranges.get(proof.answered) else { return self.finish(rest) };
-        while proof.asked < proof.ranges.len() && proof.asked < proof.answered + PROOFS_IN_FLIGHT {
-            let (disk, range) = proof.ranges[proof.asked];
-            let id = proof.first_id + proof.asked as u64;
-            self.wire()?.say(&HomeMessage::Prove { id, disk: disk.0, start: range.start, len: range.len })?;
-            proof.asked += 1;
-        }
-        // Ours is computed while home computes its own.
-        let ours = match proof.ours.take() {
-            Some(ours) => ours,
-            None => match self.branch.core().leaf_hashes(disk, range) {
-                Ok(hashes) => digest_of(hashes.into_iter().map(Some)),
-                Err(error) => {
-                    let problem = unequal(format!("{range} of {disk} cannot be read from the branch: {error}"));
-                    return Ok((self.resume(problem), Turn::Busy));
-                }
-            },
-        };
-        match self.hear(since)? {
-            None => {
-                proof.ours = Some(ours);
-                Ok((State::Proving { rest, proof, since }, Turn::Idle))
-            }
-            // Of a proof that was given up.
-            Some(HomeMessage::Digest { id, .. }) if id < proof.first_id => {
-                proof.ours = Some(ours);
-                Ok((State::Proving { rest, proof, since }, Turn::Busy))
-            }
-            Some(HomeMessage::Digest { id, digest }) if id == proof.first_id + proof.answered as u64 => {
-                if digest.is_none() || digest != ours {
-                    let problem = unequal(format!("{range} of {disk} at home differs from the branch"));
-                    return Ok((self.resume(problem), Turn::Busy));
-                }
-                self.set(|status| status.proved_bytes += range.len);
-                proof.answered += 1;
-                Ok((State::Proving { rest, proof, since: self.now() }, Turn::Busy))
-            }
-            Some(other) => Err(SessionEnd::Lost(format!("unexpected {other:?}"))),
-        }
-    }
-
-    /// Home is equal: ends the branch's chain and tells home.
+    /// Home is equal: makes sure that the branch is the machine's history, ends its chain and tells home.
     fn finish(&mut self, rest: Rest) -> Next {
+        match self.branch.take_succession(self.config.succession) {
+            Ok(()) => {}
+            Err(NoSuccession::Refused(refusal)) => return Ok((self.resume(refusal), Turn::Busy)),
+            Err(NoSuccession::Vault(error)) => {
+                let problem = goes_on(format!("the machine's own history could not be closed: {error}"));
+                return Ok((self.resume(problem), Turn::Busy));
+            }
+        }
         if let Err(error) = self.branch.finish("it was failed back") {
             let problem = goes_on(format!("the branch's chain could not be ended: {error}"));
             return Ok((self.resume(problem), Turn::Busy));

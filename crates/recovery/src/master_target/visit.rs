@@ -124,7 +124,9 @@ impl HomeVisit {
                 None => Ok(Visit::Idle),
             },
             Stage::Serving { order, session, .. } => {
-                let Some(first) = first else { return Ok(Visit::Idle) };
+                let Some(first) = first else {
+                    return Ok(if session.sweep()? { Visit::Busy } else { Visit::Idle });
+                };
                 serve(target, link, order, session, first)
             }
         }
@@ -194,9 +196,9 @@ fn serve(
         frames += 1;
         match understand(frame).map_err(HomeError::Protocol)? {
             Said::Replication(message) => session.message(message)?,
-            Said::Home(HomeMessage::Prove { id, disk, start, len }) => {
-                let digest = session.prove(DiskId(disk), start, len)?;
-                link.send(HomeMessage::Digest { id, digest }.frame())?;
+            Said::Home(HomeMessage::Prove { id, disk, start, len, scope }) => {
+                let (digest, read_bytes) = session.prove(DiskId(disk), (start, len), scope)?;
+                link.send(HomeMessage::Digest { id, digest, read_bytes }.frame())?;
             }
             Said::Home(HomeMessage::Complete) => {
                 session.sync()?;
@@ -214,8 +216,10 @@ fn serve(
     for message in session.out.drain(..) {
         link.send(replication_frame(&message))?;
     }
-    match session.over.take() {
-        Some(reason) => Err(HomeError::Protocol(reason)),
-        None => Ok(Visit::Busy),
+    if let Some(reason) = session.over.take() {
+        return Err(HomeError::Protocol(reason));
     }
+    // A stream that never pauses must not put this off until the branch is at rest.
+    session.sweep()?;
+    Ok(Visit::Busy)
 }

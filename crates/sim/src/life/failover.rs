@@ -10,7 +10,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use recovery::{FailbackConfig, FailbackRun, Phase, Turn};
+use recovery::{FailbackConfig, FailbackRun, Phase, ProofScope, Succession, Turn};
 use replication::geometry::{ByteRange, LEAF_BYTES};
 use replication::{ChainId, SequenceNumber};
 use vault::Moment;
@@ -48,7 +48,14 @@ fn digest_of(home: &SimHome) -> StateDigest {
 }
 
 fn config() -> FailbackConfig {
-    FailbackConfig { rest_limit: REST_LIMIT, reconnect_pause: Duration::from_millis(300), chunk_bytes: 64 << 10 }
+    FailbackConfig {
+        rest_limit: REST_LIMIT,
+        reconnect_pause: Duration::from_millis(300),
+        chunk_bytes: 64 << 10,
+        proof: ProofScope::WrittenSince,
+        // The site was lost before anybody could close the machine's chain.
+        succession: Succession::CloseHistory,
+    }
 }
 
 impl World {

@@ -43,7 +43,7 @@ impl HomeConnector for Homes {
                 Ok(Box::new(LocalHome::new(Arc::new(target))))
             }
             HomeAddress::At(address) => {
-                let connector = join::connector(&self.root).map_err(refusal)?;
+                let connector = join::connector(&self.root, address).map_err(refusal)?;
                 Ok(Box::new(RemoteHome::new(connector, address)))
             }
         }
