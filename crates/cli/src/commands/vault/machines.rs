@@ -1,7 +1,8 @@
 //! `farshore vault machines`
 
 use clap::Args;
-use serde_json::json;
+use replication::MachineId;
+use serde_json::{Value, json};
 use vault::{Catalog, ChainHistory};
 use world::WallTime;
 
@@ -16,6 +17,12 @@ pub(crate) struct Machines {
     place: VaultPlace,
     #[command(flatten)]
     keys: KeyOptions,
+}
+
+/// What its agent said of the machine; `null` if it said nothing.
+fn description(catalog: &Catalog, machine: &MachineId) -> Value {
+    let document = catalog.descriptions.get(machine);
+    document.and_then(|document| serde_json::from_str(document).ok()).unwrap_or(Value::Null)
 }
 
 impl Machines {
@@ -51,7 +58,7 @@ impl Machines {
                 "machine": id.to_string(), "name": machine.name, "chain": machine.chain.to_string(), "disks": disks,
                 "committed": history.through.to_string(), "proven_through_ns": history.proven_through.0,
                 "newest_point_ns": history.last_cut().map(|(_, time)| time.0), "gaps": gaps.len(),
-                "generation": history.generation().generation.0,
+                "generation": history.generation().generation.0, "description": description(&catalog, id),
             }))?;
         }
         if catalog.machines.is_empty() {
