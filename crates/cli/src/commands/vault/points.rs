@@ -8,7 +8,7 @@ use clap::Args;
 use replication::{ChainId, Cut, CutKind, Generation, MarkerKind, PointTime, SequenceNumber};
 use serde_json::json;
 use vault::points::{Points as ChainPoints, Which};
-use vault::{Catalog, ChainHistory, Gap, GapScope, Moment};
+use vault::{Catalog, ChainHistory, Gap, GapScope, GeometryChange, Moment};
 use world::WallTime;
 
 use crate::failure::{Done, usage};
@@ -81,7 +81,12 @@ impl Points {
             };
             let visible = |gap: &&Gap| gap.time <= to && gap.until.is_none_or(|(_, end)| end >= shown_from);
             let gaps = points.gaps().iter().filter(visible).cloned().collect();
-            stretches.push(Stretch { chain: history.chain, left, cuts, gaps });
+            let shown = |change: &GeometryChange| {
+                let first = cuts.first().is_some_and(|first: &Cut| first.sequence <= change.sequence);
+                change.geometry.is_removal() && (first || shown_from == PointTime(0))
+            };
+            let removals = history.geometries().into_iter().filter(shown).collect();
+            stretches.push(Stretch { chain: history.chain, left, cuts, gaps, removals });
             let began = points.resolve(&Moment::Sequence(Generation(1).base())).map(|point| point.cut.time);
             let (Some(parent), true, Ok(began)) = (history.parent, room > 0, began) else { break };
             if began < from {
@@ -132,6 +137,8 @@ struct Stretch {
     left: Option<SequenceNumber>,
     cuts: Vec<Cut>,
     gaps: Vec<Gap>,
+    /// Disks that were taken out of protection behind these positions.
+    removals: Vec<GeometryChange>,
 }
 
 impl Stretch {
@@ -143,8 +150,19 @@ impl Stretch {
             object["chain"] = json!(chain);
             output.object(&object)
         };
+        let show_removal = |removal: &GeometryChange, table: &mut Table| {
+            let (disk, path) = (removal.geometry.disk, &removal.geometry.path);
+            table.across(format!("  ── {disk} ({path}) is not protected any more: later points do not have it"));
+            output.object(&json!({
+                "type": "removal", "behind": removal.sequence.to_string(), "disk": disk.0, "path": path, "chain": chain,
+            }))
+        };
         let mut gaps = self.gaps.iter().peekable();
+        let mut removals = self.removals.iter().peekable();
         for cut in &self.cuts {
+            while let Some(removal) = removals.next_if(|removal| removal.sequence < cut.sequence) {
+                show_removal(removal, table)?;
+            }
             while let Some(gap) = gaps.next_if(|gap| gap.after < cut.sequence) {
                 show_gap(gap, table)?;
             }
@@ -157,6 +175,7 @@ impl Stretch {
             object["left_behind"] = json!(left_behind);
             output.object(&object)?;
         }
+        removals.try_for_each(|removal| show_removal(removal, table))?;
         gaps.try_for_each(|gap| show_gap(gap, table))
     }
 }
@@ -178,6 +197,9 @@ fn limit_of(text: &str, newest: PointTime) -> Done<PointTime> {
 fn kind(cut: &Cut) -> String {
     match &cut.kind {
         CutKind::Second => "second".to_owned(),
+        CutKind::Marker { kind: kind @ MarkerKind::Attempted { failed }, name } => {
+            format!("{name:?}, {}; application-consistent was asked for: {failed}", promise(kind))
+        }
         CutKind::Marker { kind, name } => format!("{name:?}, {}", promise(kind)),
         CutKind::HealEnd => "end of a heal".to_owned(),
         CutKind::GenerationEnd => "last before a break or a change of writer".to_owned(),
@@ -186,7 +208,7 @@ fn kind(cut: &Cut) -> String {
 
 fn promise(kind: &MarkerKind) -> &'static str {
     match kind {
-        MarkerKind::Crash => "crash-consistent",
+        MarkerKind::Crash | MarkerKind::Attempted { .. } => "crash-consistent",
         MarkerKind::Application => "application-consistent",
         MarkerKind::Final => "final, nothing in flight",
     }
@@ -205,9 +227,14 @@ fn cut_object(cut: &Cut) -> serde_json::Value {
         CutKind::HealEnd => ("heal-end", None, None),
         CutKind::GenerationEnd => ("generation-end", None, None),
     };
+    let failed = match &cut.kind {
+        CutKind::Marker { kind: MarkerKind::Attempted { failed }, .. } => Some(failed),
+        _ => None,
+    };
     json!({
         "type": "point", "sequence": cut.sequence.to_string(), "time": WallTime(cut.time.0).to_string(),
         "time_ns": cut.time.0, "kind": kind, "marker": name, "consistency": promise,
+        "failed": failed,
     })
 }
 
