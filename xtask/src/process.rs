@@ -234,6 +234,11 @@ pub(crate) fn resident_bytes_now(pid: u32) -> u64 {
     resident(pid, "VmRSS:")
 }
 
+/// The part of it that is mapped files: the program itself, and what it maps.
+pub(crate) fn resident_file_bytes_now(pid: u32) -> u64 {
+    resident(pid, "RssFile:")
+}
+
 fn resident(pid: u32, field: &str) -> u64 {
     fs::read_to_string(format!("/proc/{pid}/status")).ok().and_then(|s| parse_resident(&s, field)).unwrap_or(0)
 }

@@ -146,7 +146,7 @@ struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(max_entries, DISKS_MAX);
 	__type(key, __u64);
-	__type(value, struct target);
+	__type(value, struct targets);
 } targets SEC(".maps");
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
@@ -199,12 +199,32 @@ static __always_inline __u64 key_of(struct gendisk *disk)
 	return (__u64)(__u32)disk->major << 32 | (__u32)disk->first_minor;
 }
 
-static __always_inline struct target *target_of(struct gendisk *disk)
+static __always_inline struct targets *targets_of(struct gendisk *disk)
 {
 	if (!disk)
 		return 0;
 	__u64 key = key_of(disk);
 	return bpf_map_lookup_elem(&targets, &key);
+}
+
+/*
+ * Which protected parts of the disk `key` the sectors [sector, stop) touch: how many << 8 | the number of the first.
+ * A function of its own, like set_cells.
+ */
+__attribute__((noinline)) __u32 touched(__u64 key, __u64 sector, __u64 stop)
+{
+	struct targets *all = bpf_map_lookup_elem(&targets, &key);
+	__u32 found = 0, first = 0;
+	if (!all)
+		return 0;
+	for (__u32 i = 0; i < PARTS_MAX; i++) {
+		if (i < all->count && sector < all->part[i].end && stop > all->part[i].start) {
+			if (!found)
+				first = i;
+			found++;
+		}
+	}
+	return found << 8 | first;
 }
 
 /* ---- marking ---- */
@@ -318,6 +338,39 @@ static __always_inline void break_stream(struct control *c, struct cpu *cpu, __u
 static __always_inline __u64 position(void)
 {
 	return bpf_ringbuf_query(&ring, BPF_RB_PROD_POS);
+}
+
+static __always_inline __u32 slot_now(struct control *c)
+{
+	return (__u32)(READ_ONCE(c->word) >> WORD_SHIFT) % SLOTS;
+}
+
+/* Names the whole of each protected part of the disk `key` that [sector, stop) touches. */
+__attribute__((noinline)) int mark_parts(__u64 key, __u64 sector, __u64 stop, __u32 slot)
+{
+	struct targets *all = bpf_map_lookup_elem(&targets, &key);
+	struct control *c = the_control();
+	struct cpu *cpu = this_cpu();
+	if (!all || !c || !cpu)
+		return 0;
+	for (__u32 i = 0; i < PARTS_MAX; i++)
+		if (i < all->count && sector < all->part[i].end && stop > all->part[i].start)
+			mark_whole(c, cpu, slot, all->part[i].disk);
+	return 0;
+}
+
+/* The disk `key` was changed, nobody knows where. */
+static __always_inline void changed_somewhere(struct control *c, struct cpu *cpu, __u32 slot, __u64 key,
+					      const __u32 cause)
+{
+	break_stream(c, cpu, position(), cause);
+	mark_parts(key, 0, ~0ull, slot);
+}
+
+static __always_inline struct target *part_of(struct targets *all, __u32 parts)
+{
+	FORGET(parts);
+	return &all->part[parts & (PARTS_MAX - 1)];
 }
 
 /* ---- copying ---- */
@@ -493,8 +546,8 @@ static __always_inline int submitted(struct bio *bio, const bool loops)
 	} else {
 		disk = ((struct bio___before_5_12 *)bio)->bi_disk;
 	}
-	struct target *t = target_of(disk);
-	if (!t)
+	struct targets *all = targets_of(disk);
+	if (!all)
 		return 0;
 	struct control *c = the_control();
 	struct cpu *cpu = this_cpu();
@@ -506,9 +559,11 @@ static __always_inline int submitted(struct bio *bio, const bool loops)
 		flags |= RECORD_PREFLUSH;
 		cpu->flushes++;
 	}
-	__u64 sector = bio->bi_iter.bi_sector;
-	if (!bytes || sector >= t->end || sector + (bytes >> SECTOR_SHIFT) <= t->start)
+	__u64 sector = bio->bi_iter.bi_sector, stop = sector + (bytes >> SECTOR_SHIFT), device = key_of(disk);
+	__u32 parts = bytes ? touched(device, sector, stop) : 0;
+	if (!parts)
 		return 0;
+	struct target *t = part_of(all, parts);
 	if (opf & (1u << kernel_value_of(enum req_flag_bits, __REQ_FUA))) {
 		flags |= RECORD_FUA;
 		cpu->fuas++;
@@ -529,6 +584,9 @@ static __always_inline int submitted(struct bio *bio, const bool loops)
 	__u64 key = (__u64)bio;
 	if (!mark(c, f.first_cell, f.start, f.end, MAP_UNCOMMITTED(f.slot), sector, bytes, loops))
 		mark_whole(c, cpu, f.slot, f.disk);
+	/* The flight is of the first; a bio across several parts is no part's to stream, see `inside`. */
+	if (parts >> 8 > 1)
+		mark_parts(device, sector, stop, f.slot);
 	struct flight *stale = bpf_map_lookup_elem(&flights, &key);
 	if (stale)
 		/* Its end was missed; that it has ended is known now. */
@@ -554,7 +612,7 @@ static __always_inline int submitted(struct bio *bio, const bool loops)
 		cpu->discards++;
 	}
 	bool tracks = word & WORD_TRACK || READ_ONCE(c->broken);
-	bool inside = sector >= f.start && sector + (bytes >> SECTOR_SHIFT) <= f.end;
+	bool inside = sector >= f.start && stop <= f.end;
 	/* An interrupt submits while a program here copies: the room for the copy is taken. */
 	bool nested = READ_ONCE(cpu->busy) != 0;
 	if (tracks || !inside || !kind || nested) {
@@ -656,8 +714,8 @@ CONTINUE(4, true)
 struct walk {
 	struct control *c;
 	struct cpu *cpu;
-	struct target *t;
-	__u64 bio;
+	struct targets *all;
+	__u64 bio, device;
 	__u32 left, error, slot, unused;
 };
 
@@ -691,7 +749,6 @@ static __always_inline int complete_bio(struct walk *walk, const bool loops)
 		key = (__u64)READ(bio, bi_private);
 		f = flight_of(key, sector, bytes);
 	}
-	struct target *t = walk->t;
 	if (f) {
 		__u32 slot = f->slot;
 		if (walk->error) {
@@ -702,10 +759,17 @@ static __always_inline int complete_bio(struct walk *walk, const bool loops)
 		__sync_fetch_and_add(&f->done, bytes);
 		if (READ_ONCE(f->done) >= f->bytes)
 			end_flight(walk->cpu, key, slot);
-	} else if (bytes && sector < t->end && sector + (bytes >> SECTOR_SHIFT) > t->start) {
-		break_stream(walk->c, walk->cpu, position(), GAP_MISSED);
-		mark_unstreamed(walk->c, walk->cpu, walk->slot, t->disk, t->first_cell, t->start, t->end, sector, bytes,
-				loops);
+	} else if (bytes) {
+		__u64 stop = sector + (bytes >> SECTOR_SHIFT);
+		__u32 parts = touched(walk->device, sector, stop);
+		if (parts) {
+			struct target *t = part_of(walk->all, parts);
+			break_stream(walk->c, walk->cpu, position(), GAP_MISSED);
+			mark_unstreamed(walk->c, walk->cpu, walk->slot, t->disk, t->first_cell, t->start, t->end,
+					sector, bytes, loops);
+			if (parts >> 8 > 1)
+				mark_parts(walk->device, sector, stop, walk->slot);
+		}
 	}
 	walk->left -= bytes;
 	walk->bio = (__u64)READ(bio, bi_next);
@@ -718,18 +782,19 @@ static int complete_bio_each(__u32 i, struct walk *walk)
 }
 
 /* A function of its own, like set_cells. Returns the bytes that this bio accounts for. */
-__attribute__((noinline)) __u32 complete_bio_bounded(__u64 bio, __u64 target, __u32 left, __u32 error, __u32 slot)
+__attribute__((noinline)) __u32 complete_bio_bounded(__u64 bio, __u64 device, __u32 left, __u32 error, __u32 slot)
 {
 	struct walk walk = {
 		.c = the_control(),
 		.cpu = this_cpu(),
-		.t = bpf_map_lookup_elem(&targets, &target),
+		.all = bpf_map_lookup_elem(&targets, &device),
 		.bio = bio,
+		.device = device,
 		.left = left,
 		.error = error,
 		.slot = slot,
 	};
-	if (!walk.c || !walk.cpu || !walk.t)
+	if (!walk.c || !walk.cpu || !walk.all)
 		return 0;
 	complete_bio(&walk, false);
 	return left - walk.left;
@@ -750,36 +815,35 @@ static __always_inline int completed(struct request *rq, __u32 error, __u32 byte
 	if (!(op & 1) || op == OP_DRV_OUT || !bytes)
 		return 0;
 	struct gendisk *disk = disk_of(rq);
-	struct target *t = target_of(disk);
+	struct targets *all = targets_of(disk);
 	struct control *c = the_control();
 	struct cpu *cpu = this_cpu();
-	if (!t || !c || !cpu)
+	if (!all || !c || !cpu)
 		return 0;
+	__u64 device = key_of(disk);
 	struct walk walk = {
 		.c = c,
 		.cpu = cpu,
-		.t = t,
+		.all = all,
+		.device = device,
 		/* Read as a number: pointers that the verifier knows do not go to functions that take one. */
 		.bio = (__u64)READ(rq, bio),
 		.left = bytes,
 		.error = error & 0xff,
-		.slot = (__u32)(READ_ONCE(c->word) >> WORD_SHIFT) % SLOTS,
+		.slot = slot_now(c),
 	};
 	if (loops) {
 		bpf_loop(BIOS_MAX, complete_bio_each, &walk, 0);
 	} else {
-		__u64 key = key_of(disk);
 		for (int i = 0; i < BIOS_BOUNDED && walk.bio && walk.left; i++) {
 			struct bio *bio = (void *)walk.bio;
 			__u64 next = (__u64)READ(bio, bi_next);
-			walk.left -= complete_bio_bounded(walk.bio, key, walk.left, walk.error, walk.slot);
+			walk.left -= complete_bio_bounded(walk.bio, device, walk.left, walk.error, walk.slot);
 			walk.bio = next;
 		}
 	}
-	if (walk.left && walk.bio) {
-		break_stream(c, cpu, position(), GAP_MISSED);
-		mark_whole(c, cpu, walk.slot, t->disk);
-	}
+	if (walk.left && walk.bio)
+		changed_somewhere(c, cpu, walk.slot, device, GAP_MISSED);
 	return 0;
 }
 
@@ -822,14 +886,13 @@ static __always_inline int ended(struct bio *bio, const bool loops)
 	} else {
 		disk = ((struct bio___before_5_12 *)bio)->bi_disk;
 	}
-	struct target *t = target_of(disk);
+	struct targets *all = targets_of(disk);
 	/* An empty flush, or the front part of one that is in flight and tells of its end itself. */
 	__u64 parent = (__u64)bio->bi_private;
-	if (!t || (op == OP_WRITE && !bio->bi_io_vec) || bpf_map_lookup_elem(&flights, &parent))
+	if (!all || (op == OP_WRITE && !bio->bi_io_vec) || bpf_map_lookup_elem(&flights, &parent))
 		return 0;
 	/* The driver has advanced it: nobody knows any more where it began. */
-	break_stream(c, cpu, position(), GAP_MISSED);
-	mark_whole(c, cpu, (__u32)(READ_ONCE(c->word) >> WORD_SHIFT) % SLOTS, t->disk);
+	changed_somewhere(c, cpu, slot_now(c), key_of(disk), GAP_MISSED);
 	return 0;
 }
 
@@ -849,13 +912,13 @@ static __always_inline int issued(struct request *rq)
 {
 	if ((rq->cmd_flags & 0xff) != OP_DRV_OUT)
 		return 0;
-	struct target *t = target_of(disk_of(rq));
+	struct gendisk *disk = disk_of(rq);
+	struct targets *all = targets_of(disk);
 	struct control *c = the_control();
 	struct cpu *cpu = this_cpu();
-	if (!t || !c || !cpu)
+	if (!all || !c || !cpu)
 		return 0;
-	break_stream(c, cpu, position(), GAP_PASSTHROUGH);
-	mark_whole(c, cpu, (__u32)(READ_ONCE(c->word) >> WORD_SHIFT) % SLOTS, t->disk);
+	changed_somewhere(c, cpu, slot_now(c), key_of(disk), GAP_PASSTHROUGH);
 	return 0;
 }
 

@@ -11,6 +11,8 @@
 /* Epoch e marks in slot e % SLOTS. */
 #define SLOTS 3
 #define DISKS_MAX 64
+/* Protected parts of one whole disk. */
+#define PARTS_MAX 8
 #define NAME_BYTES_MAX 1024
 
 /* Maps of the dirty area, each map_cells bytes: the heal set (the agent's), then two for each slot. */
@@ -51,6 +53,12 @@ struct target {
 	__u64 first_cell; /* within each map */
 	__u32 disk;
 	__u32 reserved;
+};
+
+/* Everything of a whole disk that is protected. Nothing of it overlaps. */
+struct targets {
+	__u32 count, reserved;
+	struct target part[PARTS_MAX];
 };
 
 /* One page, mapped by the agent. */
@@ -98,6 +106,7 @@ struct flight {
 
 _Static_assert(sizeof(struct record) == 56, "layout.rs");
 _Static_assert(sizeof(struct target) == 32, "layout.rs");
+_Static_assert(sizeof(struct targets) == 264, "layout.rs");
 _Static_assert(sizeof(struct control) == 1304, "layout.rs");
 _Static_assert(sizeof(struct cpu) == 248, "layout.rs");
 

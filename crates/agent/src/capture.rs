@@ -33,8 +33,10 @@ pub(crate) mod fuzz;
 mod gate;
 pub mod mapfile;
 mod overlap;
+mod pieces;
 mod recovery_set;
 pub mod ring;
+mod slabs;
 pub mod splitter;
 mod splitter_capture;
 #[cfg(test)]
@@ -42,7 +44,7 @@ mod splitter_tests;
 
 pub use gate::{FreezeError, Frozen};
 pub use mapfile::{FileMapStore, MapArea, MapStore, MapStoreError, MemoryMapStore};
-pub use splitter::{OpenSplitterError, ProtectedDisk, Splitter, SplitterConfig, SplitterDisk, SplitterStatistics};
+pub use splitter::{OpenSplitterError, ProtectedDisk, Splitter, SplitterConfig, SplitterDisk};
 pub use splitter_capture::SplitterCapture;
 
 /// A place in the ring: bytes taken by every record up to and including one, since the capture started. Monotone;
@@ -120,6 +122,19 @@ pub struct CaptureStatus {
     pub unstreamed_count: u64,
 }
 
+/// What passed through the disks since the capture began.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct WriteCounts {
+    /// Requests that changed a disk: writes, zeroes, discards.
+    pub changes: u64,
+    /// Data bytes written.
+    pub written_bytes: u64,
+    /// Requests that were only marked.
+    pub tracked: u64,
+    /// Requests that a disk refused.
+    pub failed: u64,
+}
+
 /// How much of what happened to the disks is known at start.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Continuity {
@@ -189,6 +204,12 @@ pub trait Capture: Send {
 
     /// Counters now.
     fn status(&self) -> CaptureStatus;
+
+    /// How many bytes of the ring may be taken out of it beyond what is released. Less than all of it where
+    /// [`Capture::next`] copies.
+    fn ahead_bytes_max(&self) -> u64 {
+        u64::MAX
+    }
 
     /// Opens the next epoch in `mode`, which also ends a sticky break. `None` while both epoch slots are in use
     /// (fold or clear the older one first) or while someone may still act under the older one.
@@ -287,6 +308,10 @@ impl<C: Capture + ?Sized> Capture for Box<C> {
 
     fn status(&self) -> CaptureStatus {
         (**self).status()
+    }
+
+    fn ahead_bytes_max(&self) -> u64 {
+        (**self).ahead_bytes_max()
     }
 
     fn rotate(&mut self, mode: Mode) -> Option<Epoch> {

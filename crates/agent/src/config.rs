@@ -12,6 +12,25 @@
 //! nbd_tcp = "127.0.0.1:10809"                 # optional, loopback only
 //! ebpf_pins = "/sys/fs/bpf/farshore-agent"    # where the kernel keeps the capture; one place for each agent
 //!
+//! [consistency]                               # all of it optional
+//! crash_every_s = 300                         # crash-consistent markers on schedule; default 0: none
+//! application_every_s = 3600                  # application-consistent points on schedule; default 0: none
+//! freeze_limit_ms = 10000                     # file systems are thawed after so long, whatever happens
+//! flush_limit_ms = 120000                     # for writing out what is dirty, before the freeze
+//! script_limit_ms = 60000                     # for each script and hook; then its process group is killed
+//! pre_script = "/etc/farshore-agent/pre"      # root's own, as is every directory above; run before the freeze
+//! post_script = "/etc/farshore-agent/post"    # run after the thaw, whatever has happened
+//!
+//! [[consistency.hook]]
+//! kind = "postgresql"                         # or "mysql" (and MariaDB)
+//! user = "postgres"                           # runs the client; default: postgres, root for MySQL
+//! program = "/usr/bin/psql"                   # default: psql or mysql in the usual places
+//! arguments = ["--port=5433"]                 # before those of the hook
+//!
+//! [limits]                                    # how hard a heal may read; the live stream goes first in any case
+//! heal_read_mb_per_s_max = 200                # megabytes of disk a second; default: no limit
+//! heal_busy_percent_max = 50                  # of one core's time, waiting for the disk included; default: all of it
+//!
 //! [[disk]]
 //! name = "root"                               # how the product calls the disk; never changes
 //! path = "/srv/images/root.img"               # image file or block device
@@ -28,6 +47,8 @@ use replication::geometry::GRANULE_BYTES;
 use replication::limits::{DISKS_MAX, NAME_BYTES_MAX};
 use serde::{Deserialize, Serialize};
 
+use crate::consistency::settings::ConsistencyConfig;
+use crate::heal_pace::HealLimits;
 use crate::service::problem::Problem;
 
 /// Default size of the send buffer, in bytes.
@@ -84,6 +105,12 @@ pub struct AgentConfig {
     /// Where in the BPF file system the capture is kept. None: `/sys/fs/bpf/farshore-agent`.
     #[serde(default)]
     pub ebpf_pins: Option<PathBuf>,
+    /// Points on schedule, and what brings applications to rest.
+    #[serde(default)]
+    pub consistency: ConsistencyConfig,
+    /// How hard a heal may read.
+    #[serde(default)]
+    pub limits: HealLimits,
     /// The protected disks.
     #[serde(default, rename = "disk")]
     pub disks: Vec<DiskConfig>,
@@ -169,6 +196,8 @@ impl AgentConfig {
             nbd_socket: None,
             nbd_tcp: None,
             ebpf_pins: None,
+            limits: HealLimits::default(),
+            consistency: ConsistencyConfig::default(),
             disks: Vec::new(),
         }
     }
@@ -222,6 +251,12 @@ impl AgentConfig {
         if !self.heal_chunk_bytes.is_multiple_of(GRANULE_BYTES) {
             return Err(wrong(format!("heal_chunk_bytes is not a multiple of {GRANULE_BYTES}"), "round it"));
         }
+        if let Some(rate) = self.limits.heal_read_mb_per_s_max {
+            between("heal_read_mb_per_s_max", rate.into(), 1, 1_000_000)?;
+        }
+        if let Some(percent) = self.limits.heal_busy_percent_max {
+            between("heal_busy_percent_max", percent.into(), 1, 100)?;
+        }
         if let Some(address) = self.nbd_tcp
             && !address.ip().is_loopback()
         {
@@ -241,6 +276,7 @@ impl AgentConfig {
                 ));
             }
         }
+        self.consistency.check()?;
         self.check_disks()
     }
 
@@ -342,6 +378,9 @@ mod tests {
             (format!("{SMALLEST}sise = 4\n"), "unknown field `sise`"),
             (format!("ring_bytes_max = 5\n{SMALLEST}"), "ring_bytes_max is 5"),
             (format!("heal_chunk_bytes = 65537\n{SMALLEST}"), "not a multiple of 65536"),
+            (format!("{SMALLEST}[limits]\nheal_busy_percent_max = 101"), "heal_busy_percent_max is 101"),
+            (format!("{SMALLEST}[limits]\nheal_read_mb_per_s_max = 0"), "heal_read_mb_per_s_max is 0"),
+            (format!("{SMALLEST}[limits]\nspeed = 1"), "speed"),
             (format!("nbd_tcp = \"10.0.0.1:1\"\n{SMALLEST}"), "not a loopback address"),
             (format!("server_addresses = [\"ps1\"]\n{SMALLEST}"), "not host:port"),
             ("state_dir = \"s\"".to_owned(), "not an absolute path"),

@@ -96,16 +96,50 @@ impl Drop for Turn {
     }
 }
 
+/// The configured disks that are block devices.
+fn protected(config: &AgentConfig) -> BTreeSet<DeviceNumber> {
+    let number = |path: &PathBuf| {
+        let found = std::fs::metadata(path).ok().filter(|found| found.file_type().is_block_device());
+        found.map(|found| DeviceNumber::of(found.rdev()))
+    };
+    config.disks.iter().filter_map(|disk| number(&disk.path)).collect()
+}
+
+/// What a point at rest would bring to rest, in words. Changes nothing and runs nothing.
+///
+/// # Errors
+/// A script or client program that would not be run.
+pub fn preflight(config: &AgentConfig) -> Result<String, Problem> {
+    let wanted = &config.consistency;
+    let programs = wanted.hooks.iter().filter_map(|hook| hook.program.as_ref());
+    for path in [&wanted.pre_script, &wanted.post_script].into_iter().flatten().chain(programs) {
+        script::check_trusted(path).map_err(|why| {
+            let advice = "have it, and every directory above, belong to root and be writable by nobody else";
+            Problem::failed(format!("{} would not be run for a point at rest", path.display()), why, advice)
+        })?;
+    }
+    let plan = frozen::plan(&SystemRoot::running(), &protected(config));
+    let places: Vec<String> = plan.targets.iter().map(ToString::to_string).collect();
+    let mut text = if places.is_empty() {
+        "no file system of this machine lies on the disks".to_owned()
+    } else {
+        format!("freezes {}", places.join(", "))
+    };
+    for hook in &wanted.hooks {
+        text = format!("{text}; {}", hook.kind.name());
+    }
+    if !plan.out_of_sight.is_empty() {
+        text = format!("{text}; CANNOT: {} is mounted out of sight", plan.out_of_sight.join(", "));
+    }
+    Ok(text)
+}
+
 impl Consistency {
     pub(crate) fn new(config: &AgentConfig, state: &StateDir) -> Consistency {
-        let number = |path: &PathBuf| {
-            let found = std::fs::metadata(path).ok().filter(|found| found.file_type().is_block_device());
-            found.map(|found| DeviceNumber::of(found.rdev()))
-        };
         Consistency {
             config: config.consistency.clone(),
             root: SystemRoot::running(),
-            protected: config.disks.iter().filter_map(|disk| number(&disk.path)).collect(),
+            protected: protected(config),
             state: state.clone(),
             busy: Arc::default(),
             status: Mutex::default(),

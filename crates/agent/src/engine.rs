@@ -21,6 +21,7 @@ use world::{BlockError, Clock};
 
 use crate::capture::{Capture, Continuity, Mode, RingPosition};
 use crate::heal_buffers::HealBuffers;
+use crate::heal_pace::HealPace;
 
 /// The way to the receiver, as the engine needs it. Never blocks.
 pub trait Wire {
@@ -121,7 +122,13 @@ pub struct Engine<C: Capture> {
     outbox: VecDeque<Message>,
     heal_work: VecDeque<HealWork>,
     heal_buffers: HealBuffers,
+    heal_pace: HealPace,
     awaiting_settled: Option<Epoch>,
+    /// Up to where a predecessor filled a ring that outlived it; none once that is numbered.
+    inherited: Option<RingPosition>,
+    /// Ring positions: taken out up to here, and released up to here.
+    consumed: RingPosition,
+    released: RingPosition,
     /// Unstreamed marks that the sender knows of.
     unstreamed_seen: u64,
     connected: bool,
@@ -175,7 +182,11 @@ impl<C: Capture> Engine<C> {
         hashes: Option<Box<dyn HashIndex>>,
         mark: Box<dyn ClearedMark>,
     ) -> Engine<C> {
+        let (passed, producer) = (capture.passed(), capture.status().producer);
         Engine {
+            inherited: (passed > RingPosition(0)).then_some(producer),
+            consumed: passed,
+            released: passed,
             capture,
             sender,
             clock,
@@ -184,11 +195,17 @@ impl<C: Capture> Engine<C> {
             outbox: VecDeque::new(),
             heal_work: VecDeque::new(),
             heal_buffers: HealBuffers::default(),
+            heal_pace: HealPace::default(),
             awaiting_settled: None,
             unstreamed_seen: 0,
             connected: false,
             outcome: None,
         }
+    }
+
+    /// Reads for heals at this pace from now on.
+    pub fn set_heal_pace(&mut self, pace: HealPace) {
+        self.heal_pace = pace;
     }
 
     /// What a later agent can go on with, if this one has ended in order: nothing is left that is not journaled.
@@ -251,9 +268,9 @@ impl<C: Capture> Engine<C> {
         self.connected = true;
         self.outcome = None;
         // What a predecessor left in the ring may have been sent: it has to be numbered before anyone compares.
-        let producer = self.capture.status().producer;
-        let outlived = self.capture.passed() > RingPosition(0);
-        while outlived && self.capture.passed() < producer && self.consume().0 > 0 {}
+        if let Some(until) = self.inherited.take() {
+            while self.capture.passed() < until && self.consume(u64::MAX).0 > 0 {}
+        }
         let disks = self.capture.disks();
         self.feed(Event::LinkUp { now: self.now(), disks });
     }
@@ -279,7 +296,7 @@ impl<C: Capture> Engine<C> {
         // Read before the ring is emptied: a request submitted before this moment is either in the ring by then or
         // was stamped later.
         let now = self.now();
-        let (consumed, drained) = self.consume();
+        let (consumed, drained) = self.consume(self.capture.ahead_bytes_max());
         busy |= consumed > 0;
         self.watch();
         self.feed(Event::Tick { now, drained });
@@ -325,9 +342,15 @@ impl<C: Capture> Engine<C> {
         Ok(true)
     }
 
-    fn consume(&mut self) -> (usize, bool) {
+    /// Takes requests out of the ring, while no more than `ahead_max` bytes of it are taken and not released. Whether it
+    /// was found empty.
+    fn consume(&mut self, ahead_max: u64) -> (usize, bool) {
         for count in 0..REQUESTS_PER_STEP_MAX {
+            if self.consumed.0.saturating_sub(self.released.0) >= ahead_max {
+                return (count, false);
+            }
             let Some(captured) = self.capture.next() else { return (count, true) };
+            self.consumed = captured.end;
             self.feed(Event::Captured(Request {
                 ring_end: captured.end.0,
                 epoch: captured.epoch,
@@ -379,6 +402,7 @@ impl<C: Capture> Engine<C> {
                 Action::Release(through) => {
                     self.capture.keep(self.sender.resumption());
                     self.capture.release(RingPosition(through));
+                    self.released = self.released.max(RingPosition(through));
                 }
                 Action::Rotate { for_heal } => self.rotate(for_heal),
                 Action::AwaitSettled(epoch) => self.awaiting_settled = Some(epoch),
@@ -447,14 +471,21 @@ impl<C: Capture> Engine<C> {
         let mut done = 0;
         while done < HEAL_READS_PER_STEP_MAX
             && self.outbox.len() < OUTBOX_MESSAGES_MAX
+            && self.heal_pace.allows(self.clock.monotonic())
             && let Some(work) = self.heal_work.pop_front()
         {
             done += 1;
+            let began = self.clock.monotonic();
             match work {
                 HealWork::Read { disk, range, hash } => {
                     let (leaves, data) = match &self.hashes {
                         Some(index) => (index.offered(disk, range), None),
-                        None => self.read_leaves(disk, range, hash),
+                        None if self.capture.is_hole(disk, range) => (holes(range), None),
+                        None => {
+                            let read = self.read_leaves(disk, range, hash);
+                            self.heal_pace.spent(began, self.clock.monotonic(), range.len);
+                            read
+                        }
                     };
                     self.feed(Event::HealRead { disk, range, leaves, data });
                 }
@@ -462,6 +493,7 @@ impl<C: Capture> Engine<C> {
                     let mut buffer = self.heal_buffers.take(range.len as usize);
                     let read = self.capture.read(disk, range.start, &mut buffer);
                     let data = read.ok().map(|()| self.heal_buffers.share(buffer));
+                    self.heal_pace.spent(began, self.clock.monotonic(), range.len);
                     self.feed(Event::HealFetched { disk, range, data });
                 }
             }
@@ -471,9 +503,6 @@ impl<C: Capture> Engine<C> {
 
     /// Reads a chunk and says of each leaf what it is. A leaf that the medium cannot return costs only itself.
     fn read_leaves(&self, disk: DiskId, range: ByteRange, hash: bool) -> (Vec<OfferedLeaf>, Option<Bytes>) {
-        if self.capture.is_hole(disk, range) {
-            return (vec![OfferedLeaf::Zero; range.len.div_ceil(LEAF_BYTES) as usize], None);
-        }
         let mut buffer = self.heal_buffers.take(range.len as usize);
         let mut unreadable = Vec::new();
         if self.capture.read(disk, range.start, &mut buffer).is_err() {
@@ -515,6 +544,11 @@ impl<C: Capture> Engine<C> {
         }
         Ok(sent)
     }
+}
+
+/// What a range without anything in it is made of.
+fn holes(range: ByteRange) -> Vec<OfferedLeaf> {
+    vec![OfferedLeaf::Zero; range.len.div_ceil(LEAF_BYTES) as usize]
 }
 
 fn log_unreadable(disk: DiskId, leaf: ByteRange, error: &BlockError) {

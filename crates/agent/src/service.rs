@@ -24,22 +24,32 @@ use world::{Access, Clock, Entropy, SystemEntropy};
 
 use crate::capture::{Capture, Frozen, MapStoreError};
 use crate::config::AgentConfig;
+use crate::consistency::frozen::FrozenFileSystems;
+use crate::consistency::{Consistency, ConsistencyStatus, left_over};
 use crate::disks::{self, DiskRegister, FoundDisk, Moment};
 use crate::engine::Engine;
+use crate::hardware::MachineDescription;
+use crate::heal_pace::HealPace;
 use crate::state::{self, StateDir};
 use crate::status::{
     AgentStatus, DiskStatus, HealStatus, LinkStatus, NbdStatus, ProtectionState, RingStatus, STATUS_FORMAT, Watermarks,
     WriteStatus,
 };
+use crate::system::SystemRoot;
 
 pub mod control;
+mod detach;
 mod drive;
+pub(crate) mod marks;
 pub mod problem;
 pub mod source;
 mod uplink;
 
+pub use detach::detach;
+
 use control::ControlServer;
 use drive::{Command, Drive};
+use marks::Points;
 use problem::Problem;
 use source::{CaptureKind, Source, choose_capture};
 use uplink::Uplink;
@@ -48,6 +58,9 @@ use uplink::Uplink;
 const LINK_THREADS: usize = 1;
 /// Commands that wait for the engine at most.
 const COMMANDS_MAX: usize = 16;
+/// Bytes of large requests and replies in flight over all NBD connections: a part of the memory that an agent may take
+/// besides its ring.
+const NBD_BYTES_MAX: usize = 8 << 20;
 /// How long a start waits for a predecessor that is just ending, and how often it looks.
 const PREDECESSOR_WAIT: Duration = Duration::from_secs(2);
 const PREDECESSOR_POLL: Duration = Duration::from_millis(20);
@@ -66,9 +79,27 @@ pub struct ServiceOptions {
 
 /// A freeze that was asked for and not yet ended.
 pub(crate) struct HeldFreeze {
-    pub(crate) frozen: Frozen,
+    pub(crate) held: Held,
     /// Writes may go on from here on.
     pub(crate) until: world::Monotonic,
+}
+
+/// What is at rest.
+pub(crate) enum Held {
+    /// The disks that are used through the agent.
+    Gate(Frozen),
+    /// File systems of this machine, and the note that they are: removed after the thaw.
+    FileSystems(FrozenFileSystems, left_over::Note),
+}
+
+impl Held {
+    /// Ends it; whether it held until now.
+    fn end(self, clock: &dyn Clock) -> bool {
+        match self {
+            Held::Gate(frozen) => frozen.holds(),
+            Held::FileSystems(frozen, _note) => frozen.thaw(clock).1,
+        }
+    }
 }
 
 /// What the threads of one agent share.
@@ -78,6 +109,7 @@ pub(crate) struct Shared {
     pub(crate) commands: SyncSender<Command>,
     status: Mutex<AgentStatus>,
     started: world::Monotonic,
+    pub(crate) consistency: Consistency,
     frozen: Mutex<Option<HeldFreeze>>,
     nbd: Mutex<Option<ServerHandle>>,
     stop: Mutex<Option<String>>,
@@ -97,6 +129,7 @@ impl Shared {
         let mut status = self.status().clone();
         status.uptime_s = self.clock.monotonic().since(self.started).as_secs();
         status.writes = self.source.writes();
+        status.consistency = self.consistency.status();
         if let Some(nbd) = lock(&self.nbd).as_ref() {
             status.nbd.connections = nbd.connections() as u64;
         }
@@ -135,6 +168,7 @@ impl Stopper {
 /// A running agent. Dropping it ends it as a kill would: the ring is lost, the maps are not.
 pub struct Service {
     shared: Arc<Shared>,
+    points: Option<Points>,
     control: Option<ControlServer>,
     engine: Option<JoinHandle<()>>,
     state: StateDir,
@@ -151,6 +185,10 @@ impl Service {
     /// What is wrong and what to do about it, one entry for each disk if disks are the matter. Nothing runs then.
     pub fn start(config: &AgentConfig, options: ServiceOptions) -> Result<Service, Vec<Problem>> {
         config.check().map_err(|problem| vec![problem])?;
+        // First of all: the state directory itself may still be frozen.
+        for done in left_over::clear_up(&config.state_dir, Some(&config.consistency), &*options.clock) {
+            tracing::warn!(done, "an agent was killed while it took a point");
+        }
         let state = StateDir::open(&config.state_dir).map_err(|problem| vec![problem])?;
         let guard = patiently(|| state.lock()).map_err(|problem| vec![problem])?;
         let mut register = DiskRegister::load(&state).map_err(|problem| vec![problem])?;
@@ -201,6 +239,7 @@ impl Service {
     /// # Errors
     /// The disks are no longer served, but the next start has to compare.
     pub fn stop(mut self) -> Result<(), Problem> {
+        drop(self.points.take());
         drop(self.shared.frozen().take());
         drop(self.control.take());
         let nbd = lock(&self.shared.nbd).take();
@@ -227,7 +266,11 @@ impl Service {
             tracing::warn!(error = problem::chain(&error), "the next start begins with a heal");
         }
         self.register.store(&self.state, &self.disks, Moment::Stopped)?;
-        tracing::info!("stopped in order; the next start compares only what the dirty maps name");
+        if self.shared.source.outlives_the_agent() {
+            tracing::info!("stopped in order; the kernel goes on capturing (`farshore-agent detach` ends that)");
+        } else {
+            tracing::info!("stopped in order; the next start compares only what the dirty maps name");
+        }
         Ok(())
     }
 
@@ -240,6 +283,7 @@ impl Service {
 impl Drop for Service {
     fn drop(&mut self) {
         self.shared.aborted.store(true, Ordering::SeqCst);
+        drop(self.points.take());
         drop(self.shared.frozen().take());
         drop(self.control.take());
         drop(lock(&self.shared.nbd).take());
@@ -250,7 +294,8 @@ impl Drop for Service {
     }
 }
 
-/// Everything after the disks were found.
+/// Everything after the disks were found. What can fail and leaves nothing behind comes first; a start that fails after the
+/// disks were opened closes them again, and keeps what the next one goes on with.
 fn assemble(
     config: &AgentConfig,
     options: ServiceOptions,
@@ -275,62 +320,114 @@ fn assemble(
     let name = [&config.machine_name, &enrolment.machine_name, &host].into_iter().find(|name| !name.is_empty());
     let name = name.cloned().unwrap_or_else(|| machine.to_string());
     let boot = state::boot_id()?;
+    let uplink = uplink(identity, addresses, options.clock.clone())?;
+    let find_server = find_server(config, &state, options.clock.clone());
+    let (engine_thread, drive) = engine_thread()?;
 
     let (source, capture) = Source::open(kind, config, &state, &found, options.clock.clone(), machine, boot)?;
-    let start = || {
-        let (commands, received) = mpsc::sync_channel(COMMANDS_MAX);
-        let shared = Arc::new(Shared {
-            status: Mutex::new(first_status(config, machine, &name, &found)),
-            started: options.clock.monotonic(),
-            source: source.clone(),
-            clock: options.clock.clone(),
-            commands,
-            frozen: Mutex::new(None),
-            nbd: Mutex::new(None),
-            stop: Mutex::new(None),
-            kept: Mutex::new(None),
-            stop_wanted: Condvar::new(),
-            aborted: AtomicBool::new(false),
-        });
-        let engine = engine(config, &options, &state, &found, capture, machine, &name, boot)?;
+    let (commands, received) = mpsc::sync_channel(COMMANDS_MAX);
+    let shared = Arc::new(Shared {
+        status: Mutex::new(first_status(config, machine, &name, &found)),
+        started: options.clock.monotonic(),
+        source,
+        clock: options.clock.clone(),
+        commands,
+        consistency: Consistency::new(config, &state),
+        frozen: Mutex::new(None),
+        nbd: Mutex::new(None),
+        stop: Mutex::new(None),
+        kept: Mutex::new(None),
+        stop_wanted: Condvar::new(),
+        aborted: AtomicBool::new(false),
+    });
+    let engine = engine(config, &options, &state, &found, capture, machine, &name, boot).inspect_err(|_| {
+        close_unused(&shared);
+    })?;
+    let begin = |register: &mut DiskRegister| -> Result<_, Problem> {
         // Only now: what made a disk doubtful is forgotten when its new state is recorded.
         register.store(&state, &found, Moment::Started)?;
-        let uplink = uplink(identity, addresses, options.clock.clone())?;
-        let find_server = find_server(config, &state, options.clock.clone());
         let nbd_tcp = serve_disks(config, &found, &shared)?;
-        let service = Service {
-            shared: shared.clone(),
-            control: None,
-            engine: None,
-            state,
-            register,
-            disks: found,
-            nbd_tcp,
-            _lock: guard,
-        };
-        begin(service, config, Drive::new(engine, uplink, find_server, received, shared))
+        Ok((nbd_tcp, ControlServer::start(&config.control_socket(), shared.clone())?, Points::start(&shared)?))
     };
-    start().inspect_err(|_| {
-        // Nothing was written: a start that failed must not cost a comparison after the next reboot.
-        if let Err(error) = source.close(CLOSE_LIMIT) {
-            tracing::warn!(error = problem::chain(&error), "the disks were not closed in order");
-        }
-    })
-}
-
-/// Starts the threads.
-fn begin(mut service: Service, config: &AgentConfig, drive: Drive) -> Result<Service, Problem> {
-    let what = "the agent cannot start";
-    let engine = thread::Builder::new().name("engine".to_owned()).spawn(move || drive.run());
-    service.engine = Some(engine.map_err(|error| Problem::caused(what, &error, "raise the limit of threads"))?);
-    service.control = Some(ControlServer::start(&config.control_socket(), service.shared.clone())?);
+    let (nbd_tcp, control, points) =
+        begin(&mut register).inspect_err(|_| give_up(&shared, &engine, &state, &mut register, &found))?;
+    let work = Drive::new(engine, uplink, find_server, received, shared.clone());
+    drive.send(work).expect("the engine's thread waits for its work");
+    describe_machine(&shared);
     tracing::info!(
-        machine = service.shared.status().machine,
-        disks = service.disks.len(),
+        machine = shared.status().machine,
+        disks = found.len(),
         nbd = %config.nbd_socket().display(),
         "the agent serves the disks"
     );
-    Ok(service)
+    Ok(Service {
+        shared,
+        points,
+        control: Some(control),
+        engine: Some(engine_thread),
+        state,
+        register,
+        disks: found,
+        nbd_tcp,
+        _lock: guard,
+    })
+}
+
+/// Has the process server told what this machine is made of, by a thread of its own: an initramfs takes a while to read.
+fn describe_machine(shared: &Arc<Shared>) {
+    let commands = shared.commands.clone();
+    let read = move || {
+        let document = MachineDescription::read(&SystemRoot::running()).document();
+        // An agent that has ended needs none.
+        let _ = commands.send(Command::Describe { document });
+    };
+    if let Err(error) = thread::Builder::new().name("hardware".to_owned()).spawn(read) {
+        tracing::warn!(%error, "the machine is not described to the process server");
+    }
+}
+
+/// The engine's thread, which waits for its work: if there is none to be had, nothing was touched yet. It ends when the
+/// way to tell it is dropped.
+fn engine_thread() -> Result<(JoinHandle<()>, SyncSender<Drive>), Problem> {
+    let (tell, work) = mpsc::sync_channel::<Drive>(1);
+    let run = move || {
+        if let Ok(drive) = work.recv() {
+            drive.run();
+        }
+    };
+    let thread = thread::Builder::new().name("engine".to_owned()).spawn(run);
+    let thread =
+        thread.map_err(|error| Problem::caused("the agent cannot start", &error, "raise the limit of threads"))?;
+    Ok((thread, tell))
+}
+
+/// Closes disks that a start opened in vain. Whether that is in order: then a reboot costs no comparison.
+fn close_unused(shared: &Shared) -> bool {
+    drop(lock(&shared.nbd).take());
+    let closed = shared.source.close(CLOSE_LIMIT);
+    if let Err(error) = &closed {
+        tracing::warn!(error = problem::chain(error), "the disks were not closed in order");
+    }
+    closed.is_ok()
+}
+
+/// Undoes a start that failed. If nothing was written meanwhile, the next one goes on with the stream.
+fn give_up(
+    shared: &Shared,
+    engine: &Engine<Box<dyn Capture>>,
+    state: &StateDir,
+    register: &mut DiskRegister,
+    found: &[FoundDisk],
+) {
+    if !close_unused(shared) || shared.source.outlives_the_agent() {
+        return;
+    }
+    let kept = engine.keep().filter(|_| shared.source.writes().changes == 0);
+    let kept = state.keep_stream(kept.as_ref()).map_err(|error| problem::chain(&error));
+    let stored = register.store(state, found, Moment::Stopped).map_err(|problem| problem.to_string());
+    if let Err(error) = kept.and(stored) {
+        tracing::warn!(error, "the next start begins with a heal");
+    }
 }
 
 /// Every address known. One where another installation listens now costs an attempt, nothing else.
@@ -390,7 +487,7 @@ fn engine(
         heal_chunk_bytes: config.heal_chunk_bytes,
     };
     let (clock, mark) = (options.clock.clone(), Box::new(mark));
-    Ok(match kept {
+    let mut engine = match kept {
         None => Engine::new(capture, sender, clock, None, mark),
         Some((kept, _)) => {
             for (disk, range, cause) in &joining {
@@ -399,7 +496,9 @@ fn engine(
             let joining = joining.into_iter().map(|(disk, range, cause)| (Ranges::of([(disk, range)]), cause));
             Engine::resume(capture, sender, clock, mark, kept, joining.collect())
         }
-    })
+    };
+    engine.set_heal_pace(HealPace::new(config.limits));
+    Ok(engine)
 }
 
 fn uplink(identity: LinkIdentity, addresses: Vec<String>, clock: Arc<dyn Clock>) -> Result<Uplink, Problem> {
@@ -426,7 +525,8 @@ fn serve_disks(
     }
     let mut listen = vec![Listen::Unix(config.nbd_socket())];
     listen.extend(config.nbd_tcp.map(Listen::Tcp));
-    let handle = Server::start(Arc::new(exports), ServerOptions::default(), &listen).map_err(|error| {
+    let options = ServerOptions { in_flight_bytes_max: NBD_BYTES_MAX, ..ServerOptions::default() };
+    let handle = Server::start(Arc::new(exports), options, &listen).map_err(|error| {
         Problem::caused("the disks cannot be served", &error, "change nbd_socket or nbd_tcp, or end who listens there")
     })?;
     let tcp = handle.tcp_addresses();
@@ -461,6 +561,7 @@ fn first_status(config: &AgentConfig, machine: MachineId, name: &str, found: &[F
         writes: WriteStatus::default(),
         disks: found.iter().map(disk).collect(),
         nbd: NbdStatus { socket: socket_text(config.nbd_socket()), ..NbdStatus::default() },
+        consistency: ConsistencyStatus::default(),
     }
 }
 

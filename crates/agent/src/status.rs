@@ -3,6 +3,7 @@
 use replication::sender::StreamState;
 use serde::{Deserialize, Serialize};
 
+use crate::consistency::ConsistencyStatus;
 use crate::engine::EngineStatus;
 
 /// Version of this document. Fields are added; a change of meaning gets a new version.
@@ -77,6 +78,9 @@ pub struct AgentStatus {
     pub disks: Vec<DiskStatus>,
     /// Where they are served.
     pub nbd: NbdStatus,
+    /// Points taken at rest and on schedule.
+    #[serde(default)]
+    pub consistency: ConsistencyStatus,
 }
 
 /// The link to the process server.

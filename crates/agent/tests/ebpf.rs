@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 use agent::capture::ebpf;
 use agent::config::{AgentConfig, CaptureChoice, DiskConfig};
 use agent::service::control::{Answer, Request, ask};
+use agent::service::problem::ProblemKind;
 use agent::service::{Service, ServiceOptions};
 use agent::state::StateDir;
 use agent::status::{AgentStatus, ProtectionState};
@@ -162,8 +163,9 @@ impl Machine {
 
 impl Drop for Machine {
     fn drop(&mut self) {
-        if let Err(error) = ebpf::remove(&self.config.ebpf_pins()) {
-            eprintln!("the pins stay: {error}");
+        match ebpf::detach(&self.config.ebpf_pins()) {
+            Ok(()) | Err(ebpf::DetachError::Nothing(_)) => {}
+            Err(error) => eprintln!("the pins stay: {error}"),
         }
     }
 }
@@ -523,6 +525,73 @@ fn open_point(folder: &Path, base: &[u8], changes: &[Change]) -> Result<u64, Str
         return Err("the file system is damaged".to_owned());
     }
     Ok(judged)
+}
+
+#[test]
+fn detach_takes_the_programs_down_when_no_agent_runs() {
+    let server = Server::start(false);
+    let Some(mut machine) = Machine::new(&server, "detach", 16 << 20) else { return };
+    let options = || ServiceOptions { accept_disks: Vec::new(), clock: Arc::new(SystemClock) };
+    let service = machine.start();
+    settle(|| Some(service.status()));
+    let refused = agent::service::detach(&machine.config).expect_err("an agent runs");
+    assert!(refused.why.contains("another agent runs") && refused.advice.contains("stop"), "{refused}");
+    // Another machine's agent with the same place would take this capture for its own, and down.
+    let twin = AgentConfig { state_dir: machine.folder.join("twin"), ..machine.config.clone() };
+    let state = StateDir::open(&twin.state_dir).expect("opens");
+    state.join(&server.runtime, Arc::new(SystemClock), &server.token(), "twin", &[]).expect("joins");
+    let refused = Service::start(&twin, options()).err().expect("the place is taken");
+    assert!(refused[0].why.contains("another agent uses the capture"), "{refused:?}");
+    let refused = agent::service::detach(&twin).expect_err("an agent uses it");
+    assert!(refused.why.contains("an agent uses the capture"), "{refused}");
+    assert_eq!(service.status().state, ProtectionState::Protected);
+
+    service.stop().expect("stops in order");
+    assert!(machine.config.ebpf_pins().exists(), "the programs stay");
+    agent::service::detach(&machine.config).expect("taken down");
+    assert!(!machine.config.ebpf_pins().exists());
+    let again = agent::service::detach(&machine.config).expect_err("nothing is there");
+    assert_eq!(again.kind, ProblemKind::AlreadySo);
+
+    // What nobody saw is found by comparing.
+    std::fs::write(machine.disk.mount.join("unseen"), vec![7; 200_000]).expect("written");
+    machine.disk.unmount();
+    let service = machine.start();
+    settle(|| Some(service.status()));
+    machine.assert_replicated(&server);
+    assert_eq!(server.store().whole_heals, 2);
+    service.stop().expect("stops in order");
+}
+
+/// Anonymous memory of a process, in bytes: what it has besides programs, mapped files and the kernel's ring.
+fn anonymous_bytes(pid: u32) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("it runs");
+    let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:")).expect("Linux says so");
+    line.trim().trim_end_matches(" kB").parse::<u64>().expect("a number") * 1024
+}
+
+#[test]
+fn memory_besides_the_ring_is_bounded_while_the_server_takes_nothing() {
+    let server = Server::start(false);
+    let test = "memory_besides_the_ring";
+    let Some(mut machine) = Machine::new(&server, test, 64 << 20) else { return };
+    let agent = machine.spawn();
+    settle(|| machine.status());
+    server.store().stalled = true;
+    let mut data = vec![0; 56 << 20];
+    SystemEntropy.fill(&mut data);
+    std::fs::write(machine.disk.mount.join("large"), &data).expect("written");
+    assert!(succeeds("sync", &["-f", &machine.disk.mount.display().to_string()]));
+    wait_for("the ring holds it", || machine.status().is_some_and(|now| now.ring.used_bytes > 52 << 20));
+    // Long enough for the agent to take out of it what it will.
+    thread::sleep(Duration::from_millis(500));
+    let memory = anonymous_bytes(agent.0.id());
+    assert!(memory < 40 << 20, "{} MiB besides the ring", memory >> 20);
+    server.store().stalled = false;
+    machine.disk.unmount();
+    settle(|| machine.status());
+    machine.assert_replicated(&server);
+    assert!(server.store().gaps.is_empty(), "{:?}", server.store().gaps);
 }
 
 #[test]

@@ -135,6 +135,53 @@ fn an_agent_that_stopped_in_order_goes_on_without_a_gap() {
 }
 
 #[test]
+fn a_start_that_fails_costs_no_heal() {
+    let server = Server::start(false);
+    let mut config = config(&server, &[4 * MIB, MIB]);
+    let service = start(&config);
+    settle(&service);
+    write(&config, 0, 8192, 1);
+    service.stop().expect("stops in order");
+    let fail = |config: &AgentConfig, what: &str| {
+        let options = ServiceOptions { accept_disks: Vec::new(), clock: Arc::new(SystemClock) };
+        let problems = Service::start(config, options).err().expect("it cannot start");
+        assert!(problems[0].what.contains(what), "{problems:?}");
+    };
+    // After the disks were opened, and after they were served.
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+    config.nbd_tcp = Some(taken.local_addr().expect("an address"));
+    fail(&config, "the disks cannot be served");
+    config.nbd_tcp = None;
+    std::fs::create_dir(config.control_socket()).expect("stands in the way");
+    fail(&config, "the control socket");
+    fail(&config, "the control socket");
+    std::fs::remove_dir(config.control_socket()).expect("out of the way");
+
+    let service = start(&config);
+    write(&config, 1, 4096, 2);
+    settle(&service);
+    service.stop().expect("stops in order");
+    assert_replicated(&config, &server);
+    {
+        let store = server.store();
+        assert_eq!(store.needs, [HealNeed::Whole, HealNeed::Nothing]);
+        assert_eq!((store.gaps.len(), store.heals), (0, 1), "{:?}", store.gaps);
+    }
+
+    // Somebody else's hands in between are noticed as ever.
+    std::fs::create_dir(config.control_socket()).expect("stands in the way");
+    fail(&config, "the control socket");
+    std::fs::remove_dir(config.control_socket()).expect("out of the way");
+    let file = File::options().write(true).open(&config.disks[0].path).expect("opens");
+    fill(&file, MIB, 8192);
+    drop(file);
+    let service = start(&config);
+    settle(&service);
+    service.stop().expect("stops in order");
+    assert_replicated(&config, &server);
+}
+
+#[test]
 fn added_and_grown_disks_join_while_the_others_stream_on() {
     let server = Server::start(false);
     let mut config = config(&server, &[4 * MIB, MIB + 512]);

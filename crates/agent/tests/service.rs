@@ -9,6 +9,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use agent::config::{AgentConfig, DiskConfig};
+use agent::heal_pace::HealLimits;
 use agent::service::control::{Answer, Request, ask};
 use agent::service::problem::ProblemKind;
 use agent::service::{Service, ServiceOptions};
@@ -206,6 +207,20 @@ fn an_overflow_is_healed() {
 }
 
 #[test]
+fn a_heal_keeps_to_its_limits() {
+    let server = Server::start(false);
+    let mut machine = Machine::new(&server, "m", &[16 << 20]);
+    machine.config.limits = HealLimits { heal_read_mb_per_s_max: Some(8), heal_busy_percent_max: Some(90) };
+    let began = Instant::now();
+    let service = machine.start();
+    settle(&service);
+    // 8 MiB at 8 MB/s, less what may be read at once.
+    assert!(began.elapsed() > Duration::from_millis(800), "{:?}", began.elapsed());
+    machine.assert_replicated(&server);
+    service.stop().expect("stops in order");
+}
+
+#[test]
 fn a_restarted_server_continues_the_stream_or_has_it_healed() {
     let mut server = Server::start(false);
     let machine = Machine::new(&server, "m", &[4 << 20, 512 << 10]);
@@ -277,7 +292,7 @@ fn the_control_socket_marks_freezes_and_stops() {
     let service = machine.start();
     settle(&service);
     let answer = machine.ask(&Request::Mark { name: "before the upgrade".to_owned(), wait_ms: 5000 });
-    assert_eq!(answer, Answer::Marked { name: "before the upgrade".to_owned(), durable: true });
+    assert_eq!(answer, Answer::Marked { name: "before the upgrade".to_owned(), durable: true, connected: true });
     assert_eq!(server.store().markers, ["before the upgrade"]);
 
     let frozen = machine.ask(&Request::Freeze { limit_ms: 10_000, mark: Some("quiet".to_owned()) });
@@ -320,6 +335,27 @@ fn the_control_socket_marks_freezes_and_stops() {
     machine.assert_replicated(&server);
     let gone = ask(&machine.config.control_socket(), &Request::Status).expect_err("it has ended");
     assert!(gone.what.contains("not running"), "{gone:?}");
+}
+
+#[test]
+fn a_mark_without_a_server_is_noted_and_becomes_a_point_later() {
+    let mut server = Server::start(false);
+    let machine = Machine::new(&server, "m", &[1 << 20]);
+    let service = machine.start();
+    settle(&service);
+    server.crash();
+    wait_for("the loss is noticed", || service.status().state == ProtectionState::Disconnected);
+    let noted = |name: &str| Answer::Marked { name: name.to_owned(), durable: false, connected: false };
+    assert_eq!(machine.ask(&Request::Mark { name: "alone".to_owned(), wait_ms: 0 }), noted("alone"));
+    let waited = Request::Mark { name: "waited for".to_owned(), wait_ms: 50 };
+    let late = ask(&machine.config.control_socket(), &waited).expect_err("nobody took it");
+    assert!(late.what.contains("not durable yet") && late.advice.contains("stays in the stream"), "{late}");
+    assert!(server.store().markers.is_empty());
+    server.open();
+    wait_for("it has both", || server.store().markers == ["alone", "waited for"]);
+    settle(&service);
+    assert!(server.store().gaps.is_empty(), "{:?}", server.store().gaps);
+    service.stop().expect("stops in order");
 }
 
 #[test]

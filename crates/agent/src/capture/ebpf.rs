@@ -11,7 +11,7 @@
 //! * `bpf/capture.bpf.c`: the programs. [`layout`]: what they share with the agent. [`loader`]: installs or adopts them.
 //! * [`kernel`]: shared memory, the ring, system calls; all `unsafe` of this capture. [`assemble`]: records to requests.
 //! * [`reading`]: what of the ring is handed out. [`epochs`]: the maps of each epoch.
-//! * [`ledger`]: what an agent keeps for its successor. [`grace`]: when an epoch can be read by nobody any more.
+//! * [`ledger`]: what an agent keeps for its successor. [`pins`]: where, and who has it. [`grace`]: when an epoch can be read by nobody any more.
 //! * [`support`]: what this machine and these disks offer.
 //!
 //! Everything lives in kernel memory pinned in the BPF file system, so a killed agent loses nothing: its successor goes on
@@ -25,6 +25,7 @@
 //! * What the ledger says about the stream holds for every position that was ever freed.
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -35,7 +36,7 @@ use replication::sender::Resumption;
 use replication::{ByteRange, DiskGeometry, DiskId, Epoch, MachineId, MarkerKind, SourceTime};
 use world::{BlockDevice, BlockError, Clock, FileDevice};
 
-use super::{Capture, CaptureStatus, Captured, Continuity, GapCause, Mode, RingPosition};
+use super::{Capture, CaptureStatus, Captured, Continuity, GapCause, Mode, RingPosition, WriteCounts};
 
 mod assemble;
 mod epochs;
@@ -44,6 +45,7 @@ mod kernel;
 mod layout;
 mod ledger;
 mod loader;
+mod pins;
 mod reading;
 pub mod support;
 #[cfg(test)]
@@ -52,16 +54,20 @@ mod tests;
 use assemble::Assembler;
 use epochs::{slot_of, unstreamed};
 use grace::Grace;
-use layout::{Control, Cpu, GAP_CAUSES, MAPS_PER_DISK, SLOTS, Target, WORD_SHIFT, WORD_TRACK};
+use layout::{Control, Cpu, GAP_CAUSES, MAPS_PER_DISK, PARTS_MAX, SLOTS, Target, WORD_SHIFT, WORD_TRACK};
 use loader::Installed;
 use reading::cause_of;
 
-pub use loader::remove;
+pub use pins::{DetachError, detach};
 
 /// Smallest ring in bytes: the largest bio that block devices commonly take, several times.
 pub const RING_BYTES_MIN: u64 = 8 << 20;
 /// Largest ring in bytes that the kernel makes.
 pub const RING_BYTES_MAX: u64 = 1 << 31;
+
+/// How much of the ring is copied out of it at most before it is journaled, in bytes: more than a process server lets be
+/// under way, and within the memory that an agent may take besides its ring.
+const AHEAD_BYTES_MAX: u64 = 18 << 20;
 
 /// How the programs copy. Chosen by what the kernel accepts, in this order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -109,7 +115,9 @@ pub enum OpenEbpfError {
         why: String,
     },
     /// Too many disks, or one twice.
-    #[error("a machine has at most {DISKS_MAX} disks, each on a device of its own")]
+    #[error(
+        "a machine has at most {DISKS_MAX} disks, at most {PARTS_MAX} of them partitions of one, and none overlaps another"
+    )]
     Disks,
     /// The ring is too large for this kernel.
     #[error("the send buffer is larger than {RING_BYTES_MAX} bytes")]
@@ -123,6 +131,9 @@ pub enum OpenEbpfError {
     /// The programs cannot find the memory of writes.
     #[error("the capture programs cannot find the kernel's memory: {0}")]
     Calibration(String),
+    /// Another agent has the capture.
+    #[error("another agent uses the capture at {0}")]
+    InUse(PathBuf),
     /// The BPF file system cannot be used.
     #[error("{path} cannot be used", path = path.display())]
     Pins {
@@ -137,28 +148,15 @@ pub enum OpenEbpfError {
     System(#[source] std::io::Error),
 }
 
-/// What passed through since the programs were attached.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct EbpfStatistics {
-    /// Requests that changed a disk.
-    pub changes: u64,
-    /// Data bytes written.
-    pub written_bytes: u64,
-    /// Requests that were only marked.
-    pub tracked: u64,
-    /// Requests that a disk refused.
-    pub failed: u64,
-}
-
 /// The counters of a capture. Clones are the same.
 #[derive(Clone)]
 pub struct EbpfCounters(Arc<Installed>);
 
 impl EbpfCounters {
     /// Counters now.
-    pub fn statistics(&self) -> EbpfStatistics {
+    pub fn counts(&self) -> WriteCounts {
         let sum = |at| self.0.sum(at);
-        EbpfStatistics {
+        WriteCounts {
             changes: sum(Cpu::WRITES) + sum(Cpu::ZEROES) + sum(Cpu::DISCARDS),
             written_bytes: sum(Cpu::WRITTEN_BYTES),
             tracked: sum(Cpu::TRACKED),
@@ -206,6 +204,8 @@ struct Disk {
 /// The capture. One for each set of pins.
 pub struct EbpfCapture {
     installed: Arc<Installed>,
+    /// Keeps other agents off the pins.
+    _lock: File,
     disks: Vec<Disk>,
     index: BTreeMap<DiskId, usize>,
     shape: Shape,
@@ -249,13 +249,18 @@ impl EbpfCapture {
     ) -> Result<EbpfCapture, OpenEbpfError> {
         support::check_machine().map_err(OpenEbpfError::Unsupported)?;
         let mounted = support::provide_pin_directory(&config.pins);
-        mounted.map_err(|source| OpenEbpfError::Pins { path: config.pins.clone(), source })?;
+        let pinned = |source| OpenEbpfError::Pins { path: config.pins.clone(), source };
+        mounted.map_err(pinned)?;
+        let lock = pins::lock(&config.pins).map_err(|error| match error.kind() {
+            std::io::ErrorKind::WouldBlock => OpenEbpfError::InUse(config.pins.clone()),
+            _ => pinned(error),
+        })?;
         if disks.len() > DISKS_MAX {
             return Err(OpenEbpfError::Disks);
         }
         let sizes: Vec<u64> = disks.iter().map(|disk| disk.geometry.size_bytes).collect();
         let scale = MapScale::fitting(&sizes, MAPS_PER_DISK as u64, MAPS_BYTES_MAX);
-        let mut targets = Vec::new();
+        let mut targets: Vec<(u64, Target)> = Vec::new();
         let mut opened = Vec::new();
         let mut cells = 0;
         support::check_layers(&disks).map_err(|(path, why)| OpenEbpfError::Disk { path, why })?;
@@ -267,7 +272,9 @@ impl EbpfCapture {
             let (start, sectors) = (place.start_sector, disk.geometry.size_bytes / 512);
             let number = opened.len() as u32;
             let target = Target { start, end: start + sectors, first_cell: cells as u64, disk: number, reserved: 0 };
-            if targets.iter().any(|(device, _)| *device == place.device) {
+            let of_it = || targets.iter().filter(|(device, _)| *device == place.device).map(|(_, other)| other);
+            let fits = of_it().all(|other| target.end <= other.start || other.end <= target.start);
+            if !fits || of_it().count() >= PARTS_MAX {
                 return Err(OpenEbpfError::Disks);
             }
             targets.push((place.device, target));
@@ -287,13 +294,14 @@ impl EbpfCapture {
         let installed = match adopted {
             Some(installed) => installed,
             None => loader::install(&config.pins, &shape, &targets, &config.variants)
-                .inspect_err(|_| drop(remove(&config.pins)))?,
+                .inspect_err(|_| drop(pins::remove(&config.pins)))?,
         };
-        EbpfCapture::around(installed, opened, shape, scale, clock, is_adopted)
+        EbpfCapture::around(installed, lock, opened, shape, scale, clock, is_adopted)
     }
 
     fn around(
         installed: Installed,
+        lock: File,
         disks: Vec<Disk>,
         shape: Shape,
         scale: MapScale,
@@ -309,13 +317,14 @@ impl EbpfCapture {
             continuity: if is_adopted { Continuity::SameBoot } else { Continuity::Fresh },
             skip_through: resumption.as_ref().map_or_else(|| installed.ring.producer(), |kept| kept.ring_end),
             installed: Arc::new(installed),
+            _lock: lock,
             disks,
             index,
             shape,
             scale,
             clock,
             resumption,
-            assembler: Assembler::default(),
+            assembler: Assembler::keeping(AHEAD_BYTES_MAX),
             read: consumer,
             seen: consumer,
             handed: consumer,
@@ -447,6 +456,10 @@ impl Capture for EbpfCapture {
         }
     }
 
+    fn ahead_bytes_max(&self) -> u64 {
+        AHEAD_BYTES_MAX
+    }
+
     fn rotate(&mut self, mode: Mode) -> Option<Epoch> {
         let current = self.epoch();
         let (epoch, slot) = (current.next(), slot_of(current.next()));
@@ -553,14 +566,15 @@ impl Capture for EbpfCapture {
     }
 
     fn mark(&mut self, kind: MarkerKind, name: &str) -> bool {
-        if name.len() > layout::NAME_BYTES_MAX {
+        let (code, text) = assemble::marker_code(&kind, name);
+        if text.len() > layout::NAME_BYTES_MAX {
             return false;
         }
         let control = &self.installed.control;
-        let place = control.cells(Control::MARKER_NAME..Control::MARKER_NAME + name.len());
-        place.iter().zip(name.as_bytes()).for_each(|(cell, byte)| cell.store(*byte, Ordering::SeqCst));
-        control.half(Control::MARKER_BYTES).store(name.len() as u32, Ordering::SeqCst);
-        control.half(Control::MARKER_KIND).store(assemble::marker_code(&kind), Ordering::SeqCst);
+        let place = control.cells(Control::MARKER_NAME..Control::MARKER_NAME + text.len());
+        place.iter().zip(text.as_bytes()).for_each(|(cell, byte)| cell.store(*byte, Ordering::SeqCst));
+        control.half(Control::MARKER_BYTES).store(text.len() as u32, Ordering::SeqCst);
+        control.half(Control::MARKER_KIND).store(code, Ordering::SeqCst);
         match self.installed.emit_marker() {
             Ok(taken) => taken,
             Err(error) => {

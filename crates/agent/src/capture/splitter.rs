@@ -19,7 +19,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use bytes::Bytes;
 use replication::limits::{CHANGE_DATA_BYTES_MAX, CHANGE_RANGE_BYTES_MAX, DISKS_MAX, NAME_BYTES_MAX};
 use replication::{ByteRange, ChangeKind, DiskGeometry, DiskId, MachineId, MarkerKind, SourceTime};
 use world::{BlockDevice, BlockError, Clock, Extent};
@@ -28,10 +27,12 @@ use super::fingerprint::fingerprint;
 use super::gate::{self, FreezeError, Frozen, Gate, Word};
 use super::mapfile::MapStore;
 use super::overlap::Overlaps;
+use super::pieces::{range_pieces, write_pieces};
 use super::recovery_set::{self, Attach, RecoverySet, Slot};
 use super::ring::{Push, Ring, cost};
+use super::slabs::Slabs;
 use super::splitter_capture::SplitterCapture;
-use super::{Continuity, GapCause, Mode, Unbroken};
+use super::{Continuity, GapCause, Mode, Unbroken, WriteCounts};
 
 /// A disk to protect and the device that holds it.
 pub struct ProtectedDisk {
@@ -98,21 +99,6 @@ pub enum CloseError {
     Maps(#[source] std::io::Error),
 }
 
-/// What passed through, since the splitter opened.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct SplitterStatistics {
-    /// Requests that changed a disk: writes, zeroes, discards.
-    pub changes: u64,
-    /// Data bytes written.
-    pub written_bytes: u64,
-    /// Requests that went into the ring.
-    pub streamed: u64,
-    /// Requests that were only marked.
-    pub tracked: u64,
-    /// Requests that the disk refused.
-    pub failed: u64,
-}
-
 #[derive(Default)]
 struct Counters {
     written_bytes: AtomicU64,
@@ -134,6 +120,8 @@ pub(crate) struct Shared {
     pub(crate) index: BTreeMap<DiskId, usize>,
     pub(crate) set: RecoverySet,
     pub(crate) ring: Ring,
+    /// Memory for what the ring holds.
+    slabs: Slabs,
     pub(crate) gate: Gate,
     pub(crate) clock: Arc<dyn Clock>,
     pub(crate) continuity: Continuity,
@@ -173,6 +161,7 @@ impl Splitter {
             index,
             set,
             ring: Ring::new(config.ring_bytes_max),
+            slabs: Slabs::keeping(config.ring_bytes_max),
             gate: Gate::default(),
             clock,
             continuity: adopted.continuity,
@@ -196,14 +185,13 @@ impl Splitter {
     }
 
     /// Counters since the splitter opened.
-    pub fn statistics(&self) -> SplitterStatistics {
+    pub fn counts(&self) -> WriteCounts {
         let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         let counters = &self.shared.counters;
-        let (streamed, tracked) = (read(&counters.streamed), read(&counters.tracked));
-        SplitterStatistics {
-            changes: streamed + tracked,
+        let tracked = read(&counters.tracked);
+        WriteCounts {
+            changes: read(&counters.streamed) + tracked,
             written_bytes: read(&counters.written_bytes),
-            streamed,
             tracked,
             failed: read(&counters.failed),
         }
@@ -384,24 +372,6 @@ impl SplitterDisk {
     }
 }
 
-/// A write's data, copied once, in pieces that each fit into one change.
-fn write_pieces(range: ByteRange, data: &[u8]) -> Vec<ChangeKind> {
-    let data = Bytes::copy_from_slice(data);
-    let piece = |start: usize| {
-        let end = (start + CHANGE_DATA_BYTES_MAX).min(data.len());
-        let range = ByteRange::new(range.start + start as u64, (end - start) as u64);
-        ChangeKind::Write { range, data: data.slice(start..end) }
-    };
-    (0..data.len()).step_by(CHANGE_DATA_BYTES_MAX).map(piece).collect()
-}
-
-/// A range without data, in pieces that each fit into one change.
-fn range_pieces(range: ByteRange, kind: impl Fn(ByteRange) -> ChangeKind) -> Vec<ChangeKind> {
-    let starts = (range.start..range.end()).step_by(CHANGE_RANGE_BYTES_MAX as usize);
-    let piece = |start: u64| ByteRange::new(start, CHANGE_RANGE_BYTES_MAX.min(range.end() - start));
-    starts.map(piece).map(kind).collect()
-}
-
 impl BlockDevice for SplitterDisk {
     fn size(&self) -> u64 {
         self.disk().geometry.size_bytes
@@ -414,7 +384,7 @@ impl BlockDevice for SplitterDisk {
     fn write_at(&self, offset: u64, data: &[u8]) -> Result<(), BlockError> {
         let range = offset..offset.saturating_add(data.len() as u64);
         let pieces = data.len().div_ceil(CHANGE_DATA_BYTES_MAX) as u64;
-        let kinds = |range| write_pieces(range, data);
+        let kinds = |range| write_pieces(range, data, &self.shared.slabs);
         self.change(range, pieces, data.len() as u64, kinds, |device| device.write_at(offset, data))
     }
 

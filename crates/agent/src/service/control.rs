@@ -11,12 +11,11 @@ use std::sync::mpsc;
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use replication::MarkerKind;
-use replication::limits::NAME_BYTES_MAX;
 use serde::{Deserialize, Serialize};
 
 use super::Shared;
 use super::drive::Command;
+use super::marks::{ENGINE_LIMIT, answer_freeze, answer_mark, answer_point};
 use super::problem::Problem;
 use crate::status::AgentStatus;
 
@@ -28,8 +27,6 @@ const ANSWER_BYTES_MAX: u64 = 4 << 20;
 const CONNECTIONS_MAX: usize = 8;
 /// How long a connection may be silent.
 const SILENCE_MAX: Duration = Duration::from_secs(60);
-/// How long the engine's thread may take to answer.
-const ENGINE_LIMIT: Duration = Duration::from_secs(10);
 /// Longest freeze in milliseconds.
 pub const FREEZE_MS_MAX: u64 = 60_000;
 /// Longest wait for a durable mark in milliseconds.
@@ -43,6 +40,15 @@ pub enum Request {
     Status,
     /// Mark this moment; it becomes a crash-consistent recovery point of that name.
     Mark {
+        /// The point's name.
+        name: String,
+        /// Milliseconds to wait until the process server has it durably; 0 does not wait.
+        #[serde(default)]
+        wait_ms: u64,
+    },
+    /// Bring applications and file systems to rest, mark that moment as an application-consistent recovery point, let them
+    /// go on. If a part fails, the point is crash-consistent and says why.
+    Point {
         /// The point's name.
         name: String,
         /// Milliseconds to wait until the process server has it durably; 0 does not wait.
@@ -79,8 +85,25 @@ pub enum Answer {
     Marked {
         /// The point's name.
         name: String,
-        /// Known to be durable on the process server.
+        /// Known to be durable on the process server. Otherwise it is only noted: it becomes a point when the server has it,
+        /// unless the stream breaks before.
         durable: bool,
+        /// A process server is connected.
+        #[serde(default)]
+        connected: bool,
+    },
+    /// To `point`.
+    PointTaken {
+        /// The point's name.
+        name: String,
+        /// Why it is crash-consistent only; none if it is application-consistent.
+        failed: Option<String>,
+        /// What else a person should know.
+        remarks: Vec<String>,
+        /// As in `marked`.
+        durable: bool,
+        /// As in `marked`.
+        connected: bool,
     },
     /// To `freeze`: the disks are at rest.
     Frozen {
@@ -122,6 +145,8 @@ pub fn ask(socket: &Path, request: &Request) -> Result<Answer, Problem> {
     let broken = |error: io::Error| Problem::caused(what, &error, "try again; look at the agent's log");
     let mut stream = UnixStream::connect(socket).map_err(absent)?;
     let wait = match request {
+        // Scripts, hooks and flushes have limits of their own, which only the agent knows.
+        Request::Point { .. } => Duration::from_secs(24 * 3600),
         Request::Mark { wait_ms, .. } => Duration::from_millis(*wait_ms),
         Request::Freeze { limit_ms, .. } => Duration::from_millis(*limit_ms),
         Request::Move { within_ms } => Duration::from_millis(*within_ms),
@@ -231,14 +256,12 @@ fn serve(stream: &UnixStream, shared: &Shared) -> io::Result<()> {
 fn answer(request: Request, shared: &Shared) -> Result<Answer, Problem> {
     match request {
         Request::Status => Ok(Answer::Status(Box::new(shared.snapshot()))),
-        Request::Mark { name, wait_ms } => {
-            mark(shared, &name, wait_ms)?;
-            Ok(Answer::Marked { name, durable: wait_ms > 0 })
-        }
-        Request::Freeze { limit_ms, mark } => freeze(shared, limit_ms, mark.as_deref()),
+        Request::Mark { name, wait_ms } => answer_mark(shared, name, wait_ms),
+        Request::Point { name, wait_ms } => answer_point(shared, name, wait_ms),
+        Request::Freeze { limit_ms, mark } => answer_freeze(shared, limit_ms, mark.as_deref()),
         Request::Thaw => match shared.frozen().take() {
             Some(held) => {
-                let held = held.frozen.holds();
+                let held = held.held.end(&*shared.clock);
                 tracing::info!(held, "thawed");
                 Ok(Answer::Thawed { held })
             }
@@ -275,54 +298,6 @@ fn answer(request: Request, shared: &Shared) -> Result<Answer, Problem> {
     }
 }
 
-fn check_name(name: &str) -> Result<(), Problem> {
-    if name.is_empty() || name.len() > NAME_BYTES_MAX || name.chars().any(char::is_control) {
-        return Err(Problem::usage(
-            "the mark's name cannot be used",
-            "it is empty, too long or holds control characters",
-            format!("use 1 to {NAME_BYTES_MAX} bytes of text"),
-        ));
-    }
-    Ok(())
-}
-
-fn mark(shared: &Shared, name: &str, wait_ms: u64) -> Result<(), Problem> {
-    check_name(name)?;
-    if wait_ms > MARK_WAIT_MS_MAX {
-        return Err(Problem::usage("the wait is too long", format!("{wait_ms} ms"), "wait for ten minutes at most"));
-    }
-    let durable_within = Duration::from_millis(wait_ms);
-    let (reply, answer) = mpsc::sync_channel(1);
-    let command = Command::Mark { kind: MarkerKind::Crash, name: name.to_owned(), durable_within, reply };
-    let deaf = |why: &str| Problem::failed(format!("the moment `{name}` was not marked"), why, "restart the agent");
-    shared.commands.try_send(command).map_err(|_| deaf("the replication thread does not take commands"))?;
-    answer.recv_timeout(durable_within + ENGINE_LIMIT).map_err(|_| deaf("the replication thread does not answer"))?
-}
-
-fn freeze(shared: &Shared, limit_ms: u64, mark: Option<&str>) -> Result<Answer, Problem> {
-    if !(1..=FREEZE_MS_MAX).contains(&limit_ms) {
-        return Err(Problem::usage(
-            "the freeze's limit cannot be used",
-            format!("it is {limit_ms} ms"),
-            format!("choose 1 to {FREEZE_MS_MAX} ms"),
-        ));
-    }
-    if let Some(name) = mark {
-        check_name(name)?;
-    }
-    let limit = Duration::from_millis(limit_ms);
-    // A freeze ends by itself only when a write waits; one whose owner has gone must not stand in the way of another.
-    let over = |held: &mut super::HeldFreeze| shared.clock.monotonic() >= held.until;
-    drop(shared.frozen().take_if(over));
-    let until = shared.clock.monotonic().plus(limit);
-    let frozen = shared.source.freeze(limit)?;
-    let marked = mark.is_some_and(|name| frozen.mark(MarkerKind::Application, name));
-    tracing::info!(limit_ms, marked, "frozen");
-    // Dropping an earlier guard changes nothing: it no longer holds, or this freeze would not have come about.
-    *shared.frozen() = Some(super::HeldFreeze { frozen, until });
-    Ok(Answer::Frozen { limit_ms, marked })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -332,6 +307,7 @@ mod tests {
         for (line, request) in [
             (r#"{"command":"status"}"#, Request::Status),
             (r#"{"command":"mark","name":"x"}"#, Request::Mark { name: "x".into(), wait_ms: 0 }),
+            (r#"{"command":"point","name":"x"}"#, Request::Point { name: "x".into(), wait_ms: 0 }),
             (r#"{"command":"freeze","limit_ms":5}"#, Request::Freeze { limit_ms: 5, mark: None }),
             (r#"{"command":"thaw"}"#, Request::Thaw),
             (r#"{"command":"stop"}"#, Request::Stop),

@@ -4,14 +4,16 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, SyncSender};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender};
 use std::thread;
 use std::time::Duration;
 
 use replication::sender::StreamState;
+use replication::wire::Message;
 use replication::{Generation, MarkerKind};
 use world::Monotonic;
 
+use super::marks::Claim;
 use super::problem::Problem;
 use super::uplink::Uplink;
 use super::{Shared, lock};
@@ -24,6 +26,8 @@ const IDLE_MIN: Duration = Duration::from_micros(200);
 const IDLE_MAX: Duration = Duration::from_millis(10);
 /// Longest wait while the connection has no room: about the time in which it sends what it holds.
 const CONGESTED_MAX: Duration = Duration::from_millis(1);
+/// How long anybody waits for a marker to be durable, scripts after it included.
+const DURABLE_WAIT_MAX: Duration = Duration::from_secs(2 * 3600);
 /// How often the status is brought up to date.
 const PUBLISH_EVERY: Duration = Duration::from_millis(100);
 /// Time for the last good-bye.
@@ -31,15 +35,32 @@ const FAREWELL_LIMIT: Duration = Duration::from_secs(2);
 
 /// What other threads ask of the engine's thread.
 pub(crate) enum Command {
-    /// Put a marker into the stream; answer when it is there or, if `durable_within` is not zero, when the process
-    /// server has it durably.
-    Mark { kind: MarkerKind, name: String, durable_within: Duration, reply: SyncSender<Result<(), Problem>> },
+    /// Put a marker into the stream; one that claims rest is written under `at_rest`, or not at all. The answer says whether
+    /// a process server is connected; `durable` is told when the process server has it durably, or will not have it.
+    Mark {
+        kind: MarkerKind,
+        name: String,
+        at_rest: Option<Claim>,
+        reply: SyncSender<Result<bool, Problem>>,
+        durable: Option<MarkReply>,
+    },
+    /// Tell the process server what this machine is made of, now and with each session.
+    Describe { document: String },
+    /// Say whether a marker could be put into the stream now.
+    Ready { name: String, reply: SyncSender<Result<(), Problem>> },
+    /// Do nothing but answer commands until `Wake`, or until then: what this thread writes to may be frozen.
+    Rest { until: Monotonic, reply: SyncSender<()> },
+    /// End of `Rest`.
+    Wake,
     /// Have everything committed that was sent, then go on at the server that the state directory names; the answer says
     /// whether nothing was left to be committed.
     Move { within: Duration, reply: SyncSender<Result<bool, Problem>> },
     /// Send what is left, say good-bye, end.
     Finish { within: Duration },
 }
+
+/// Whoever waits for a marker to be durable.
+type MarkReply = SyncSender<Result<(), Problem>>;
 
 /// Makes the way to the server that the state directory names now.
 pub(super) type FindServer = Box<dyn Fn() -> Result<Uplink, Problem> + Send>;
@@ -49,7 +70,7 @@ struct PendingMark {
     position: RingPosition,
     generation: Generation,
     until: Monotonic,
-    reply: SyncSender<Result<(), Problem>>,
+    reply: MarkReply,
 }
 
 /// See the module's documentation.
@@ -62,6 +83,9 @@ pub(super) struct Drive {
     idle: Duration,
     /// The session was accepted, and that was noted.
     welcomed: bool,
+    /// What this machine is made of, and whether this session's server was told.
+    description: Option<String>,
+    described: bool,
     finish_by: Option<Monotonic>,
     /// A move under way: until when the old server may take, and who is told.
     moving: Option<(Monotonic, SyncSender<Result<bool, Problem>>)>,
@@ -88,6 +112,8 @@ impl Drive {
             pending: Vec::new(),
             idle: IDLE_MIN,
             welcomed: false,
+            description: None,
+            described: false,
             finish_by: None,
             moving: None,
             find_server,
@@ -115,6 +141,7 @@ impl Drive {
         while !self.shared.is_aborted() {
             self.take_commands();
             if self.uplink.advance() {
+                self.described = false;
                 self.engine.link_up();
             }
             let step = self.engine.step(self.uplink.wire().map(|wire| wire as &mut dyn Wire));
@@ -139,6 +166,9 @@ impl Drive {
             if !self.pending.is_empty() {
                 self.confirm_marks();
             }
+            if self.welcomed && !self.described {
+                self.describe();
+            }
             let now = self.shared.clock.monotonic();
             self.move_on(now);
             if now.since(self.published) >= PUBLISH_EVERY {
@@ -161,13 +191,48 @@ impl Drive {
 
     fn take_commands(&mut self) {
         while let Ok(command) = self.commands.try_recv() {
-            match command {
-                Command::Finish { within } => self.finish_by = Some(self.shared.clock.monotonic().plus(within)),
-                Command::Move { within, reply } => {
-                    self.engine.hold(true);
-                    self.moving = Some((self.shared.clock.monotonic().plus(within), reply));
+            self.take(command);
+        }
+    }
+
+    fn take(&mut self, command: Command) {
+        let after = |within| self.shared.clock.monotonic().plus(within);
+        match command {
+            Command::Finish { within } => self.finish_by = Some(after(within)),
+            Command::Move { within, reply } => {
+                self.moving = Some((after(within), reply));
+                self.engine.hold(true);
+            }
+            Command::Mark { kind, name, at_rest, reply, durable } => {
+                let done = self.mark(kind, &name, at_rest.as_ref());
+                if let (Ok(()), Some(durable)) = (&done, durable) {
+                    self.await_durable(durable);
                 }
-                Command::Mark { kind, name, durable_within, reply } => self.mark(kind, &name, durable_within, reply),
+                let taken = done.is_ok();
+                // Whoever asked may have gone.
+                let _ = reply.send(done.map(|()| self.welcomed));
+                // Only then: the log may lie on a file system that waits for the answer.
+                if taken {
+                    tracing::info!(name, connected = self.welcomed, "a marker is in the stream");
+                }
+            }
+            Command::Describe { document } => (self.description, self.described) = (Some(document), false),
+            Command::Ready { name, reply } => drop(reply.send(self.check_whole(&name))),
+            Command::Rest { until, reply } => {
+                let _ = reply.send(());
+                self.rest_until(until);
+            }
+            Command::Wake => {}
+        }
+    }
+
+    fn rest_until(&mut self, until: Monotonic) {
+        while !self.shared.is_aborted() && self.shared.clock.monotonic() < until {
+            let left = until.since(self.shared.clock.monotonic()).min(IDLE_MAX);
+            match self.commands.recv_timeout(left) {
+                Ok(Command::Wake) | Err(RecvTimeoutError::Disconnected) => return,
+                Ok(command) => self.take(command),
+                Err(RecvTimeoutError::Timeout) => {}
             }
         }
     }
@@ -197,38 +262,57 @@ impl Drive {
         let _ = reply.send(answer);
     }
 
-    fn mark(&mut self, kind: MarkerKind, name: &str, durable_within: Duration, reply: SyncSender<Result<(), Problem>>) {
-        if !self.welcomed && durable_within.is_zero() {
-            tracing::debug!(name, "a marker waits in the ring for a session");
+    /// A link that has just ended is noticed by the engine's next step.
+    fn describe(&mut self) {
+        if let (Some(document), Some(wire)) = (&self.description, self.uplink.wire()) {
+            let message = Message::Describe { document: document.clone() };
+            self.described = matches!(wire.try_send(message), Ok(None));
         }
+    }
+
+    /// Whether a marker could be put into the stream. The receiver keeps no point inside a gap: it would vanish.
+    fn check_whole(&self, name: &str) -> Result<(), Problem> {
         let status = self.engine.status();
-        // The receiver keeps no point inside a gap: the marker would vanish.
         let why = match gap_in_words(&status.stream) {
             "" if !status.whole => "a heal is under way",
             why => why,
         };
-        if !why.is_empty() {
-            let advice = "wait until `farshore-agent status` says protected, then mark again";
-            let _ = reply.send(Err(Problem::failed(format!("the moment `{name}` was not marked"), why, advice)));
-            return;
+        if why.is_empty() {
+            return Ok(());
         }
-        if !self.engine.capture().mark(kind, name) {
-            let problem = Problem::failed(
-                format!("the moment `{name}` was not marked"),
-                "the send buffer has no room or the stream has just broken",
-                "mark again when writes have calmed down",
-            );
-            let _ = reply.send(Err(problem));
-            return;
+        let advice = "wait until `farshore-agent status` says protected, then mark again";
+        Err(Problem::failed(format!("the moment `{name}` was not marked"), why, advice))
+    }
+
+    fn mark(&mut self, kind: MarkerKind, name: &str, at_rest: Option<&Claim>) -> Result<(), Problem> {
+        self.check_whole(name)?;
+        let unmarked = |why, advice| Problem::failed(format!("the moment `{name}` was not marked"), why, advice);
+        let capture = self.engine.capture();
+        let taken = match at_rest {
+            None => capture.mark(kind, name),
+            Some(Claim::Gate(frozen)) => frozen.mark(kind, name),
+            Some(Claim::FileSystems(at_rest)) => match at_rest.claim(|| capture.mark(kind, name)) {
+                Some((taken, true)) => taken,
+                Some((taken, false)) => {
+                    tracing::error!(name, taken, "writers went on while a marker was written: it claims too much");
+                    return Err(unmarked("the file systems were thawed meanwhile", "take another point"));
+                }
+                None => return Err(unmarked("the file systems are not at rest any more", "allow a longer freeze")),
+            },
+        };
+        if !taken {
+            let why = "the send buffer has no room or the stream has just broken";
+            return Err(unmarked(why, "mark again when writes have calmed down"));
         }
-        tracing::info!(name, "marked");
-        if durable_within.is_zero() {
-            let _ = reply.send(Ok(()));
-            return;
-        }
+        Ok(())
+    }
+
+    /// Tells `reply` when everything that is in the stream now is durable.
+    fn await_durable(&mut self, reply: MarkReply) {
+        let generation = self.engine.status().captured.generation();
         let position = self.engine.capture().status().producer;
-        let until = self.shared.clock.monotonic().plus(durable_within);
-        self.pending.push(PendingMark { position, generation: status.captured.generation(), until, reply });
+        let until = self.shared.clock.monotonic().plus(DURABLE_WAIT_MAX);
+        self.pending.push(PendingMark { position, generation, until, reply });
     }
 
     /// Answers for markers that are durable, or will not be.

@@ -12,7 +12,7 @@ use world::Clock;
 use super::problem::{Problem, ProblemKind};
 use super::{maps_problem, patiently};
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
-use crate::capture::ebpf::{self, EbpfCapture, EbpfConfig, EbpfCounters, EbpfDisk, Variant};
+use crate::capture::ebpf::{self, EbpfCapture, EbpfConfig, EbpfCounters, EbpfDisk, OpenEbpfError, Variant};
 use crate::capture::splitter::CloseError;
 use crate::capture::{Capture, FileMapStore, Frozen, Splitter, SplitterConfig, SplitterDisk};
 use crate::config::{AgentConfig, CaptureChoice, DiskConfig};
@@ -121,31 +121,21 @@ impl Source {
     }
 
     pub(super) fn writes(&self) -> WriteStatus {
-        match self {
-            Source::Splitter(splitter) => {
-                let writes = splitter.statistics();
-                WriteStatus {
-                    changes: writes.changes,
-                    written_bytes: writes.written_bytes,
-                    tracked: writes.tracked,
-                    failed: writes.failed,
-                }
-            }
+        let counts = match self {
+            Source::Splitter(splitter) => splitter.counts(),
             #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
-            Source::Ebpf(counters) => {
-                let writes = counters.statistics();
-                WriteStatus {
-                    changes: writes.changes,
-                    written_bytes: writes.written_bytes,
-                    tracked: writes.tracked,
-                    failed: writes.failed,
-                }
-            }
+            Source::Ebpf(counters) => counters.counts(),
+        };
+        WriteStatus {
+            changes: counts.changes,
+            written_bytes: counts.written_bytes,
+            tracked: counts.tracked,
+            failed: counts.failed,
         }
     }
 
-    /// Brings the disks to rest.
-    pub(super) fn freeze(&self, limit: Duration) -> Result<Frozen, Problem> {
+    /// Brings disks that are used through the agent to rest; those of others are by their file systems.
+    pub(crate) fn freeze(&self, limit: Duration) -> Result<Frozen, Problem> {
         match self {
             Source::Splitter(splitter) => splitter.freeze(limit).map_err(|error| {
                 Problem::caused("the disks were not frozen", &error, "try again, with a longer limit if it timed out")
@@ -154,8 +144,8 @@ impl Source {
             Source::Ebpf(_) => Err(Problem::new(
                 ProblemKind::WrongUsage,
                 "the disks were not frozen",
-                "disks captured by eBPF are frozen by their file systems, which the agent does not ask yet",
-                "freeze with `fsfreeze`, mark, then thaw",
+                "disks captured by eBPF are used past the agent",
+                "freeze their file systems",
             )),
         }
     }
@@ -170,7 +160,7 @@ impl Source {
     }
 
     /// Whether writes go on being captured when the agent has ended.
-    pub(super) fn outlives_the_agent(&self) -> bool {
+    pub(crate) fn outlives_the_agent(&self) -> bool {
         !matches!(self, Source::Splitter(_))
     }
 }
@@ -189,8 +179,17 @@ fn open_ebpf(
         ring_bytes_max: config.ring_bytes_max,
         variants: vec![Variant::Dynptr, Variant::Bounded],
     };
-    let capture = EbpfCapture::open(disks.collect(), clock, &ebpf_config).map_err(|error| {
-        let advice = "run `farshore-agent check`; or set capture = \"splitter\" and use the disks through the agent";
+    let disks: Vec<EbpfDisk> = disks.collect();
+    // A predecessor that was just killed may not have let go yet; anything else does not change by waiting.
+    let opened = patiently(|| match EbpfCapture::open(disks.clone(), clock.clone(), &ebpf_config) {
+        Err(error @ OpenEbpfError::InUse(_)) => Err(error),
+        opened => Ok(opened),
+    });
+    let capture = opened.and_then(|opened| opened).map_err(|error| {
+        let advice = match error {
+            OpenEbpfError::InUse(_) => "stop the other agent, or set ebpf_pins to a place of its own for each",
+            _ => "run `farshore-agent check`; or set capture = \"splitter\" and use the disks through the agent",
+        };
         Problem::caused("the disks cannot be captured", &error, advice)
     })?;
     Ok((Source::Ebpf(capture.counters()), Box::new(capture)))

@@ -1,14 +1,18 @@
 //! Commands to the running agent, through its control socket.
 
 use std::fmt::Write;
+use std::io::Write as _;
 use std::time::Duration;
 
+use agent::consistency::left_over;
 use agent::service::control::{Answer, FREEZE_MS_MAX, MARK_WAIT_MS_MAX, Request, ask};
 use agent::service::problem::Problem;
 use agent::state::StateDir;
 use agent::status::AgentStatus;
+use world::{SystemClock, WallTime};
 
 use crate::Target;
+use crate::metrics::text;
 use crate::output::{Output, bytes, seconds};
 
 /// How long `stop` waits for the agent to end, and how often it looks.
@@ -25,17 +29,57 @@ pub(crate) fn status(target: &Target, output: &Output) -> Result<(), Problem> {
     }
 }
 
+pub(crate) fn metrics(target: &Target) -> Result<(), Problem> {
+    let answer = ask(&target.config()?.control_socket(), &Request::Status);
+    let status = match &answer {
+        Ok(Answer::Status(status)) => Some(&**status),
+        _ => None,
+    };
+    // Whoever reads may stop reading early. That nobody answers is a metric, too.
+    let _ = std::io::stdout().write_all(text(status).as_bytes());
+    Ok(())
+}
+
 pub(crate) fn mark(target: &Target, name: &str, wait_s: u64, output: &Output) -> Result<(), Problem> {
     let wait_ms = wait_s.saturating_mul(1000).min(MARK_WAIT_MS_MAX);
     let answer = ask(&target.config()?.control_socket(), &Request::Mark { name: name.to_owned(), wait_ms })?;
-    match &answer {
-        Answer::Marked { name, durable: true } => {
-            output.data(&answer, format!("marked `{name}`; the process server has it durably"));
+    let said = match &answer {
+        Answer::Marked { name, durable: true, .. } => format!("marked `{name}`; the process server has it durably"),
+        Answer::Marked { name, connected: true, .. } => {
+            format!("noted `{name}`; it becomes a point when the process server has it (--wait-s SECONDS waits for that)")
         }
-        Answer::Marked { name, durable: false } => output.data(&answer, format!("marked `{name}`")),
+        Answer::Marked { name, .. } => format!(
+            "noted `{name}`; no process server is connected: it becomes a point when one has it, unless the send buffer \
+             overflows or the agent ends before"
+        ),
         other => return Err(unexpected(other)),
-    }
+    };
+    output.data(&answer, said);
     Ok(())
+}
+
+pub(crate) fn point(target: &Target, name: &str, wait_s: u64, output: &Output) -> Result<(), Problem> {
+    let wait_ms = wait_s.saturating_mul(1000).min(MARK_WAIT_MS_MAX);
+    let answer = ask(&target.config()?.control_socket(), &Request::Point { name: name.to_owned(), wait_ms })?;
+    let Answer::PointTaken { name, failed, remarks, durable, connected } = &answer else {
+        return Err(unexpected(&answer));
+    };
+    let kind = if failed.is_some() { "crash-consistent only" } else { "application-consistent" };
+    let place = match (durable, connected) {
+        (true, _) => "the process server has it durably",
+        (_, true) => "it becomes a point when the process server has it (--wait-s SECONDS waits for that)",
+        _ => "no process server is connected: it becomes a point when one has it, unless the send buffer overflows before",
+    };
+    let text = remarks.iter().fold(format!("`{name}` is {kind}; {place}"), |text, remark| text + "\nnote: " + remark);
+    output.data(&answer, text);
+    match failed {
+        None => Ok(()),
+        Some(failed) => Err(Problem::failed(
+            format!("`{name}` is not application-consistent"),
+            failed,
+            "mend that and take another point; this one can be recovered like any crash-consistent one",
+        )),
+    }
 }
 
 pub(crate) fn freeze(target: &Target, limit_ms: u64, mark: Option<String>, output: &Output) -> Result<(), Problem> {
@@ -62,7 +106,14 @@ pub(crate) fn freeze(target: &Target, limit_ms: u64, mark: Option<String>, outpu
 }
 
 pub(crate) fn thaw(target: &Target, output: &Output) -> Result<(), Problem> {
-    let answer = ask(&target.config()?.control_socket(), &Request::Thaw)?;
+    let config = target.config()?;
+    // Before anything else: with the state directory on a frozen file system nobody answers.
+    let done = left_over::clear_up(&config.state_dir, Some(&config.consistency), &SystemClock);
+    if !done.is_empty() {
+        output.data(&serde_json::json!({ "answer": "thawed", "left_over": done }), done.join("\n"));
+        return Ok(());
+    }
+    let answer = ask(&config.control_socket(), &Request::Thaw)?;
     match answer {
         Answer::Thawed { held: true } => {
             output.data(&answer, "thawed");
@@ -147,6 +198,22 @@ fn describe(status: &AgentStatus) -> String {
             writes.failed
         ),
     );
+    let points = &status.consistency;
+    if points.application_points + points.failures > 0 {
+        line(
+            "points",
+            format!(
+                "{} application-consistent, the latest {} after {} ms at rest; {} failed",
+                points.application_points,
+                WallTime(points.last_application_ns),
+                points.last_rest_ms,
+                points.failures
+            ),
+        );
+        if !points.last_failure.is_empty() {
+            line("failed", points.last_failure.clone());
+        }
+    }
     for disk in &status.disks {
         line("disk", format!("{} {}, {}, export {}", disk.name, disk.path, bytes(disk.size_bytes), disk.export));
     }

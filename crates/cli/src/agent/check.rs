@@ -4,6 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use agent::config::AgentConfig;
+use agent::consistency;
 use agent::disks::{self, DiskRegister, FoundDisk};
 use agent::service::problem::{Problem, chain};
 use agent::service::source::{CaptureKind, choose_capture};
@@ -31,6 +32,11 @@ pub(crate) fn check(path: &Path, output: &Output) -> Result<(), Vec<Problem>> {
         let state = StateDir::open(&config.state_dir).map_err(|problem| vec![problem])?;
         check_disks(&config, &state, &mut findings, &mut problems);
         check_capture(&config, &mut findings, &mut problems);
+        match consistency::preflight(&config) {
+            Ok(what) => findings.push(finding("points at rest", what)),
+            Err(problem) => problems.push(problem),
+        }
+        findings.push(finding("snapshots", agent::vm_generation::describe()));
         check_server(&config, &state, &mut findings, &mut problems);
     } else {
         problems.push(Problem::failed(

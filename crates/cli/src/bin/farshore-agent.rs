@@ -1,6 +1,6 @@
 //! `farshore-agent`: the mobility agent of a protected machine.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use agent::config::AgentConfig;
@@ -13,6 +13,10 @@ mod ask;
 mod check;
 #[path = "../agent/join.rs"]
 mod join;
+#[path = "../agent/look.rs"]
+mod look;
+#[path = "../agent/metrics.rs"]
+mod metrics;
 #[path = "../agent/output.rs"]
 mod output;
 #[path = "../agent/run.rs"]
@@ -47,17 +51,27 @@ enum Command {
     },
     /// Say how the running agent is.
     Status(Target),
-    /// Mark this moment as a crash-consistent recovery point.
+    /// The same as metrics in the text format of Prometheus.
+    Metrics(Target),
+    /// Which disks this machine has, what lies on them, and which to protect. Root sees more.
+    Disks,
+    /// This machine as recovery will need to know it; the agent sends the same to the vault.
+    Hardware,
+    /// Mark this moment as a recovery point.
     Mark {
         /// The point's name.
         name: String,
-        /// Wait so many seconds until the process server has it durably.
+        /// Bring applications and file systems to rest for it, as `[consistency]` says. If a part fails, the point is
+        /// crash-consistent, says why, and the exit code is 1.
+        #[arg(long)]
+        consistent: bool,
+        /// Wait at most so many seconds until the process server has it durably. Without it, the mark is only noted.
         #[arg(long, default_value_t = 0, value_name = "SECONDS")]
         wait_s: u64,
         #[command(flatten)]
         target: Target,
     },
-    /// Bring all disks to rest: writes wait until `thaw`, or until the limit is over.
+    /// Bring all disks to rest, without scripts and hooks: writes wait until `thaw`, or until the limit is over.
     Freeze {
         /// Milliseconds after which writes go on in any case.
         #[arg(long, value_name = "MILLISECONDS")]
@@ -68,10 +82,19 @@ enum Command {
         #[command(flatten)]
         target: Target,
     },
-    /// Let writes go on after `freeze`.
+    /// Let writes go on after `freeze`, or after an agent that was killed while it took a point.
     Thaw(Target),
-    /// Stop the running agent in order and wait until it has ended.
+    /// Stop the running agent in order and wait until it has ended. Capture by eBPF goes on in the kernel; see `detach`.
     Stop(Target),
+    /// Take the eBPF programs of a stopped agent out of the kernel.
+    ///
+    /// They stay when an agent ends, so that the next one need not compare. Without them nothing is remembered of what is
+    /// written: the next start compares whole disks, and until that has ended there are no new points.
+    Detach {
+        /// The agent's configuration file.
+        #[arg(long, env = "FARSHORE_AGENT_CONFIG", value_name = "FILE")]
+        config: PathBuf,
+    },
 }
 
 /// Which agent is meant.
@@ -113,8 +136,20 @@ fn main() -> ExitCode {
         Command::Join(arguments) => join::join(&arguments, &output).map_err(|problem| vec![problem]),
         Command::Run(arguments) => run::run(&arguments, &output),
         Command::Check { config } => check::check(&config, &output),
+        Command::Metrics(target) => ask::metrics(&target).map_err(|problem| vec![problem]),
+        Command::Disks => {
+            look::disks(&output);
+            Ok(())
+        }
+        Command::Hardware => {
+            look::hardware(&output);
+            Ok(())
+        }
         Command::Status(target) => ask::status(&target, &output).map_err(|problem| vec![problem]),
-        Command::Mark { name, wait_s, target } => {
+        Command::Mark { name, consistent: true, wait_s, target } => {
+            ask::point(&target, &name, wait_s, &output).map_err(|problem| vec![problem])
+        }
+        Command::Mark { name, wait_s, target, .. } => {
             ask::mark(&target, &name, wait_s, &output).map_err(|problem| vec![problem])
         }
         Command::Freeze { limit_ms, mark, target } => {
@@ -122,9 +157,20 @@ fn main() -> ExitCode {
         }
         Command::Thaw(target) => ask::thaw(&target, &output).map_err(|problem| vec![problem]),
         Command::Stop(target) => ask::stop(&target, &output).map_err(|problem| vec![problem]),
+        Command::Detach { config } => detach(&config, &output).map_err(|problem| vec![problem]),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(problems) => output.problems(&problems),
     }
+}
+
+fn detach(config: &Path, output: &Output) -> Result<(), Problem> {
+    let config = AgentConfig::load(config)?;
+    agent::service::detach(&config)?;
+    output.data(
+        &serde_json::json!({ "detached": true, "pins": config.ebpf_pins() }),
+        "detached: the kernel captures nothing any more; the next start compares whole disks",
+    );
+    Ok(())
 }

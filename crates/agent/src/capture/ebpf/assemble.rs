@@ -6,11 +6,12 @@
 
 use std::collections::BTreeMap;
 
-use bytes::Bytes;
-use replication::limits::{CHANGE_DATA_BYTES_MAX, CHANGE_RANGE_BYTES_MAX, DISK_BYTES_MAX};
+use replication::limits::DISK_BYTES_MAX;
 use replication::{ByteRange, ChangeKind, MarkerKind};
 
 use super::layout::{Record, RecordKind};
+use crate::capture::pieces::{range_pieces, write_pieces};
+use crate::capture::slabs::Slabs;
 
 /// A bio of which records are missing yet.
 struct Open {
@@ -31,12 +32,18 @@ pub(super) enum Outcome {
 }
 
 /// See the module's documentation.
-#[derive(Default)]
 pub(super) struct Assembler {
     open: BTreeMap<u64, Open>,
+    /// Memory for the data of what was completed.
+    slabs: Slabs,
 }
 
 impl Assembler {
+    /// One that keeps memory for `bytes` bytes of completed requests.
+    pub(super) fn keeping(bytes: u64) -> Assembler {
+        Assembler { open: BTreeMap::new(), slabs: Slabs::keeping(bytes) }
+    }
+
     /// Takes the record at `position` whose data is `data`.
     pub(super) fn take(&mut self, position: u64, record: &Record, data: &[u8]) -> Outcome {
         let broken = |assembler: &mut Assembler| {
@@ -55,7 +62,7 @@ impl Assembler {
             RecordKind::Discard => Outcome::Whole(range_pieces(range, |range| ChangeKind::Discard { range })),
             RecordKind::Marker => marker(record, data),
             RecordKind::Write if record.offset == 0 && record.last && data.len() as u64 == range.len => {
-                Outcome::Whole(write_pieces(range, Bytes::copy_from_slice(data)))
+                Outcome::Whole(write_pieces(range, data, &self.slabs))
             }
             RecordKind::Write => {
                 if record.offset == 0 {
@@ -73,7 +80,7 @@ impl Assembler {
                 if done.data.len() as u64 != range.len {
                     return Outcome::Broken;
                 }
-                Outcome::Whole(write_pieces(range, done.data.into()))
+                Outcome::Whole(write_pieces(range, &done.data, &self.slabs))
             }
         }
     }
@@ -101,46 +108,41 @@ impl Assembler {
 }
 
 fn marker(record: &Record, data: &[u8]) -> Outcome {
-    let name = data.get(..record.bytes as usize).map(|name| String::from_utf8_lossy(name).into_owned());
-    match (name, marker_kind(record.sector)) {
-        (Some(name), Some(kind)) => Outcome::Whole(vec![ChangeKind::Marker { kind, name }]),
-        _ => Outcome::Broken,
+    let text = data.get(..record.bytes as usize).map(|text| String::from_utf8_lossy(text).into_owned());
+    match text.and_then(|text| marker_of(record.sector, &text)) {
+        Some((kind, name)) => Outcome::Whole(vec![ChangeKind::Marker { kind, name }]),
+        None => Outcome::Broken,
     }
 }
 
-/// How a marker's kind travels through the kernel.
-pub(super) fn marker_code(kind: &MarkerKind) -> u32 {
+/// How a marker travels through the kernel: a number and a text. What failed stands on a line below the name.
+pub(super) fn marker_code(kind: &MarkerKind, name: &str) -> (u32, String) {
     match kind {
-        MarkerKind::Crash => 0,
-        MarkerKind::Application => 1,
-        MarkerKind::Final => 2,
+        MarkerKind::Crash => (0, name.to_owned()),
+        MarkerKind::Application => (1, name.to_owned()),
+        MarkerKind::Final => (2, name.to_owned()),
+        MarkerKind::Attempted { failed } => (3, format!("{name}\n{failed}")),
     }
 }
 
-fn marker_kind(code: u64) -> Option<MarkerKind> {
-    let kinds = [MarkerKind::Crash, MarkerKind::Application, MarkerKind::Final];
-    kinds.into_iter().find(|kind| u64::from(marker_code(kind)) == code)
-}
-
-/// A write's data in pieces that each fit into one change.
-fn write_pieces(range: ByteRange, data: Bytes) -> Vec<ChangeKind> {
-    let piece = |start: usize| {
-        let end = (start + CHANGE_DATA_BYTES_MAX).min(data.len());
-        let range = ByteRange::new(range.start + start as u64, (end - start) as u64);
-        ChangeKind::Write { range, data: data.slice(start..end) }
-    };
-    (0..data.len()).step_by(CHANGE_DATA_BYTES_MAX).map(piece).collect()
-}
-
-/// A range without data, in pieces that each fit into one change.
-fn range_pieces(range: ByteRange, kind: impl Fn(ByteRange) -> ChangeKind) -> Vec<ChangeKind> {
-    let starts = (range.start..range.end()).step_by(CHANGE_RANGE_BYTES_MAX as usize);
-    starts.map(|start| kind(ByteRange::new(start, CHANGE_RANGE_BYTES_MAX.min(range.end() - start)))).collect()
+fn marker_of(code: u64, text: &str) -> Option<(MarkerKind, String)> {
+    let name = || text.to_owned();
+    Some(match code {
+        0 => (MarkerKind::Crash, name()),
+        1 => (MarkerKind::Application, name()),
+        2 => (MarkerKind::Final, name()),
+        3 => {
+            let (name, failed) = text.split_once('\n')?;
+            (MarkerKind::Attempted { failed: failed.to_owned() }, name.to_owned())
+        }
+        _ => return None,
+    })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use bytes::Bytes;
     use proptest::prelude::*;
 
     fn record(id: u64, sector: u64, total: u32, offset: u32, bytes: u32) -> Record {
@@ -171,7 +173,7 @@ mod tests {
 
     #[test]
     fn what_lacks_its_beginning_or_its_data_is_broken() {
-        let mut assembler = Assembler::default();
+        let mut assembler = Assembler::keeping(1 << 20);
         assert_eq!(assembler.take(0, &record(1, 0, 8192, 4096, 4096), &[0; 4096]), Outcome::Broken);
         let torn = Record { whole: false, ..record(2, 0, 4096, 0, 4096) };
         assert_eq!(assembler.take(0, &torn, &[0; 4096]), Outcome::Broken);
@@ -193,7 +195,7 @@ mod tests {
                 .collect();
             let mut offsets = vec![0usize; bios.len()];
             let mut firsts: BTreeMap<usize, u64> = BTreeMap::new();
-            let mut assembler = Assembler::default();
+            let mut assembler = Assembler::keeping(1 << 20);
             let (mut position, mut order, mut finished) = (0u64, order.into_iter(), 0);
             while finished < bios.len() {
                 let waiting: Vec<usize> = (0..bios.len()).filter(|id| offsets[*id] < bios[*id].len()).collect();

@@ -8,6 +8,8 @@ pub(super) const VERSION: u64 = 1;
 pub(super) const SLOTS: usize = 3;
 /// Protected disks at most.
 pub(super) const DISKS_MAX: usize = 64;
+/// Protected parts of one whole disk at most.
+pub(super) const PARTS_MAX: usize = 8;
 /// Longest marker name in bytes.
 pub(super) const NAME_BYTES_MAX: usize = 1024;
 /// Maps of each disk: the heal set, and two for each slot.
@@ -45,6 +47,17 @@ impl Target {
         }
         out
     }
+}
+
+/// Everything of a whole disk that is protected, as the kernel takes it.
+pub(super) fn targets_bytes(parts: &[Target]) -> [u8; 8 + PARTS_MAX * size_of::<Target>()] {
+    assert!(parts.len() <= PARTS_MAX, "checked before");
+    let mut out = [0; 8 + PARTS_MAX * size_of::<Target>()];
+    out[..4].copy_from_slice(&(parts.len() as u32).to_ne_bytes());
+    for (place, part) in out[8..].chunks_exact_mut(size_of::<Target>()).zip(parts) {
+        place.copy_from_slice(&part.bytes());
+    }
+    out
 }
 
 /// The control page.

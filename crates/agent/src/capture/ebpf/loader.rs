@@ -7,11 +7,12 @@
 //! Order of attachment: completions first, submissions last. So no bio is noted as in flight whose end nobody would see,
 //! and every bio that was submitted before is marked when it completes.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::Ordering;
 
 use aya::maps::Map;
@@ -20,8 +21,9 @@ use aya::programs::{BtfTracePoint, RawTracePoint};
 use aya::{Btf, Ebpf, EbpfLoader};
 
 use super::kernel::{self, Area, KernelRing, PAGE_BYTES};
-use super::layout::{Control, Cpu, Target};
+use super::layout::{Control, Cpu, Target, targets_bytes};
 use super::ledger::Ledger;
+use super::pins;
 use super::{OpenEbpfError, Shape, Variant};
 
 /// The programs, built from `bpf/capture.bpf.c`; `cargo xtask bpf --check` compares.
@@ -82,7 +84,7 @@ pub(super) fn adopt(directory: &Path, shape: &Shape) -> Result<Option<Installed>
         .unwrap_or_default();
     if known.as_ref() != Some(shape) {
         tracing::info!(path = %directory.display(), "what was captured before does not fit and is taken down");
-        remove(directory).map_err(pinned)?;
+        pins::empty(directory).map_err(pinned)?;
         return Ok(None);
     }
     open(directory, shape).map(Some).map_err(pinned)
@@ -101,22 +103,6 @@ fn open(directory: &Path, shape: &Shape) -> io::Result<Installed> {
         marker: map(MARKER)?,
         watched: WATCHED.into_iter().map(map).collect::<io::Result<_>>()?,
     })
-}
-
-/// Takes down what is pinned in `directory`: capture ends as soon as the kernel has let go of the links.
-///
-/// # Errors
-/// A pin cannot be removed.
-pub fn remove(directory: &Path) -> io::Result<()> {
-    let entries = match fs::read_dir(directory) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        entries => entries?,
-    };
-    let mut names = entries.map(|entry| entry.map(|entry| entry.path())).collect::<io::Result<Vec<PathBuf>>>()?;
-    // The ledger first: a directory that lost anything else must not be adopted.
-    names.sort_by_key(|path| path.file_name().is_none_or(|name| name != "ledger"));
-    names.iter().try_for_each(fs::remove_file)?;
-    fs::remove_dir(directory)
 }
 
 /// Loads, calibrates, attaches and pins. Nothing streams yet.
@@ -242,8 +228,10 @@ fn prepare(
     let Some(Map::HashMap(map)) = ebpf.map("targets") else {
         return Err(OpenEbpfError::Refused("the object lacks a map".to_owned()));
     };
-    for (device, target) in targets {
-        kernel::update(map.fd().as_fd(), *device, &target.bytes()).map_err(OpenEbpfError::System)?;
+    let devices: BTreeSet<u64> = targets.iter().map(|(device, _)| *device).collect();
+    for device in devices {
+        let parts: Vec<Target> = targets.iter().filter(|(of, _)| *of == device).map(|(_, target)| *target).collect();
+        kernel::update(map.fd().as_fd(), device, &targets_bytes(&parts)).map_err(OpenEbpfError::System)?;
     }
     Ok(())
 }

@@ -146,7 +146,7 @@ pub(super) fn provide_pin_directory(pins: &Path) -> io::Result<()> {
     Err(io::Error::new(io::ErrorKind::InvalidInput, why))
 }
 
-fn is_bpf_file_system(path: &Path) -> io::Result<bool> {
+pub(super) fn is_bpf_file_system(path: &Path) -> io::Result<bool> {
     const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
     #[allow(clippy::unnecessary_cast, reason = "the field's type differs between targets")]
     Ok(rustix::fs::statfs(path)?.f_type as i64 == BPF_FS_MAGIC)

@@ -91,11 +91,14 @@ impl Bench {
 
 impl Drop for Bench {
     fn drop(&mut self) {
-        if let Err(error) = remove(&self.pins) {
-            eprintln!("{}: {error}", self.pins.display());
+        match detach(&self.pins) {
+            Ok(()) | Err(DetachError::Nothing(_)) => {}
+            Err(error) => eprintln!("{error}"),
         }
         // A partition outlives the image otherwise.
-        let _ = Command::new("delpart").arg(&self.device).arg("2").stderr(std::process::Stdio::null()).status();
+        for part in ["2", "3"] {
+            let _ = Command::new("delpart").arg(&self.device).arg(part).stderr(std::process::Stdio::null()).status();
+        }
         let _ = Command::new("losetup").arg("-d").arg(&self.device).status();
     }
 }
@@ -219,7 +222,7 @@ fn streams_what_is_written(test: &str, variant: Variant) {
     let status = capture.status();
     assert_eq!((status.gap_count, status.ring_bytes_used, status.mode), (0, 0, Mode::Stream));
     assert!(replica == bench.content(), "the replica is the disk");
-    let statistics = capture.counters().statistics();
+    let statistics = capture.counters().counts();
     assert!(statistics.changes >= 401 && statistics.failed == 0, "{statistics:?}");
 }
 
@@ -355,12 +358,12 @@ fn described(disk: u16, path: &Path) -> EbpfDisk {
 }
 
 fn capture_of(bench: &Bench, disks: Vec<EbpfDisk>) -> EbpfCapture {
-    let config = EbpfConfig {
-        machine: MachineId([1; 16]),
-        pins: bench.pins.clone(),
-        ring_bytes_max: RING_BYTES_MIN,
-        variants: vec![Variant::Dynptr, Variant::Bounded],
-    };
+    capture_with(bench, disks, vec![Variant::Dynptr, Variant::Bounded])
+}
+
+fn capture_with(bench: &Bench, disks: Vec<EbpfDisk>, variants: Vec<Variant>) -> EbpfCapture {
+    let config =
+        EbpfConfig { machine: MachineId([1; 16]), pins: bench.pins.clone(), ring_bytes_max: RING_BYTES_MIN, variants };
     let mut capture =
         EbpfCapture::open(disks, Arc::new(SystemClock), &config).unwrap_or_else(|error| panic!("{error:?}"));
     let epoch = rotate(&mut capture, Mode::Stream);
@@ -394,19 +397,9 @@ fn several_disks_share_one_ring() {
 fn a_partition_is_captured_where_it_lies() {
     let test = "a_partition_is_captured_where_it_lies";
     let Some(bench) = Bench::new(test) else { return };
-    let name = bench.device.file_name().expect("a device").to_string_lossy().into_owned();
-    // Sectors 34816 to 67584; the kernel needs no partition table for it.
-    let device = bench.device.display().to_string();
-    let added = Command::new("addpart").args([&device, "2", "34816", "32768"]).status();
-    let number = std::fs::read_to_string(format!("/sys/block/{name}/{name}p2/dev"));
-    let (Ok(true), Ok(number)) = (added.map(|status| status.success()), number) else {
+    let Some(partition) = partition(&bench, 2, 34_816, 32_768) else {
         return skip(test, "no partition can be made on a loop device");
     };
-    // Not every system makes the node by itself.
-    let partition = bench.folder.path().join("partition");
-    let (major, minor) = number.trim().split_once(':').expect("major:minor");
-    let made = Command::new("mknod").arg(&partition).args(["b", major, minor]).status();
-    assert!(made.expect("mknod runs").success());
     let mut capture = capture_of(&bench, vec![described(1, &partition)]);
     let start = support::place_of(&partition).expect("a partition").start_sector * 512;
     assert_eq!(start, 34_816 * 512);
@@ -428,6 +421,69 @@ fn a_partition_is_captured_where_it_lies() {
     assert!(capture.status().gap_count > 0);
     let granule = capture.scale.granule_bytes();
     assert_eq!(capture.unstreamed(Epoch(0)), [(DiskId(1), ByteRange::new(0, granule))]);
+}
+
+/// A partition of the bench's device, in sectors, and a node for it. The kernel needs no partition table.
+fn partition(bench: &Bench, number: u32, start: u64, sectors: u64) -> Option<PathBuf> {
+    let name = bench.device.file_name().expect("a device").to_string_lossy().into_owned();
+    let words = [bench.device.display().to_string(), number.to_string(), start.to_string(), sectors.to_string()];
+    let added = Command::new("addpart").args(words).status().ok()?;
+    let device = std::fs::read_to_string(format!("/sys/block/{name}/{name}p{number}/dev")).ok()?;
+    // Not every system makes the node by itself.
+    let node = bench.folder.path().join(format!("partition{number}"));
+    let (major, minor) = device.trim().split_once(':').expect("major:minor");
+    let made = Command::new("mknod").arg(&node).args(["b", major, minor]).status().expect("mknod runs");
+    (added.success() && made.success()).then_some(node)
+}
+
+fn partitions_side_by_side(variant: Variant, test: &str) {
+    let Some(bench) = Bench::new(test) else { return };
+    let (Some(one), Some(two)) = (partition(&bench, 2, 32_768, 32_768), partition(&bench, 3, 65_536, 32_768)) else {
+        return skip(test, "no partition can be made on a loop device");
+    };
+    let overlaps = EbpfCapture::open(
+        vec![described(1, &one), described(2, &bench.device)],
+        Arc::new(SystemClock),
+        &EbpfConfig {
+            machine: MachineId([1; 16]),
+            pins: bench.pins.clone(),
+            ring_bytes_max: RING_BYTES_MIN,
+            variants: vec![variant],
+        },
+    );
+    assert!(matches!(overlaps.err(), Some(OpenEbpfError::Disks)), "a disk and a partition of it");
+    let mut capture = capture_with(&bench, vec![described(1, &one), described(2, &two)], vec![variant]);
+    let open = |path: &Path| OpenOptions::new().write(true).open(path).expect("opens");
+    let (first, second, whole) = (open(&one), open(&two), bench.file());
+    let block = Aligned::random(4096);
+    for (file, disk, at) in [(&first, 1, 8192u64), (&second, 2, 12_288), (&first, 1, 0)] {
+        file.write_all_at(block.bytes(), at).expect("written");
+        rustix::fs::fsync(file).expect("synced");
+        let captured = capture.next().expect("captured");
+        assert_eq!(captured.disk, DiskId(disk));
+        let range = ByteRange::new(at, 4096);
+        assert_eq!(captured.kinds, [ChangeKind::Write { range, data: block.bytes().to_vec().into() }]);
+    }
+    whole.write_all_at(block.bytes(), 65_536 * 512 + 4096).expect("written");
+    let captured = capture.next().expect("captured");
+    assert_eq!((captured.disk, captured.kinds[0].range()), (DiskId(2), Some(ByteRange::new(4096, 4096))));
+    assert_eq!(capture.status().gap_count, 0);
+    // Across both of them: neither can stream it, both are named.
+    whole.write_all_at(block.bytes(), 65_536 * 512 - 2048).expect("written");
+    assert!(capture.next().is_none());
+    assert!(capture.status().gap_count > 0);
+    let named: Vec<DiskId> = capture.unstreamed(Epoch(0)).iter().map(|(disk, _)| *disk).collect();
+    assert!(named.contains(&DiskId(1)) && named.contains(&DiskId(2)), "{named:?}");
+}
+
+#[test]
+fn partitions_of_one_disk_are_told_apart() {
+    partitions_side_by_side(Variant::Dynptr, "partitions_of_one_disk_are_told_apart");
+}
+
+#[test]
+fn partitions_of_one_disk_are_told_apart_in_small_records() {
+    partitions_side_by_side(Variant::Bounded, "partitions_of_one_disk_are_told_apart_in_small_records");
 }
 
 #[test]
@@ -460,7 +516,7 @@ fn a_write_that_fails_is_marked() {
         assert!(marked.iter().any(|(disk, range)| *disk == DiskId(2) && range.start >= 4 << 20), "{marked:?}");
         assert!(marked.iter().all(|(_, range)| range.start >= 1 << 20), "only what failed: {marked:?}");
         assert_eq!(capture.status().gap_count, 0, "the stream goes on");
-        assert!(capture.counters().statistics().failed > 0);
+        assert!(capture.counters().counts().failed > 0);
         assert!(capture.next().is_some());
         let epoch = rotate(&mut capture, Mode::Stream);
         assert!(capture.settled(epoch), "failed writes have ended, too");

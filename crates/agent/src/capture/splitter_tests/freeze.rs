@@ -22,8 +22,8 @@ fn a_freeze_holds_writes_back_and_its_marker_divides_them() {
             });
         }
         for round in 0..20 {
-            let changes = splitter.statistics().changes;
-            while splitter.statistics().changes < changes + 10 {
+            let changes = splitter.counts().changes;
+            while splitter.counts().changes < changes + 10 {
                 std::thread::yield_now();
             }
             let frozen = splitter.freeze(LIMIT).expect("writes end");

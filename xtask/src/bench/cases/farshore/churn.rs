@@ -14,7 +14,7 @@ use super::site::{Site, Way};
 use super::{EXPORT, LIMIT};
 use crate::bench::promises::{Promise, Promised};
 use crate::bench::{Case, GIB, MIB, Measured, Reference, Subject};
-use crate::process::{measure_processes, resident_bytes_peak};
+use crate::process::{measure_processes, resident_bytes_peak, resident_file_bytes_now};
 
 const MACHINE: &str = "churn";
 const TARGET_MB_PER_S: u64 = 150;
@@ -81,6 +81,8 @@ impl Case for Churn {
         let peak = resident_bytes_peak(site.agent_pid(MACHINE)?);
         let besides = peak.saturating_sub(site.ring_bytes(MACHINE)?);
         let text = format!("{:.1} MiB at most under churn", besides as f64 / MIB as f64);
+        let files = resident_file_bytes_now(site.agent_pid(MACHINE)?) as f64 / MIB as f64;
+        measured.remarks.push(format!("Churn: of the agent's memory {files:.1} MiB are its program and its mapped maps."));
         measured.promises.push(Promise::new(Promised::AgentMemory, text, besides <= 40 * MIB));
         Ok(measured)
     }
@@ -172,7 +174,8 @@ impl Load {
         })?;
         ages.sort_unstable();
         let at = |percent: usize| ages[(ages.len() * percent / 100).min(ages.len() - 1)];
-        let reached = written.load(Ordering::Relaxed) as f64 / 1e6 / took;
+        // The writers' time and not `took`, which ends when their last flush and the last look at the vault have ended.
+        let reached = written.load(Ordering::Relaxed) as f64 / 1e6 / self.time.as_secs_f64();
         let cores = (usage.user + usage.system).as_secs_f64() / took;
         Ok(Step { rate, reached, rpo_p50: at(50), rpo_p99: at(99), dropped, cores })
     }
@@ -202,18 +205,16 @@ impl Load {
     /// The age of the newest moment that the vault can recover, now.
     fn rpo(&self, site: &Site) -> Result<Duration> {
         let said = Said::by(site)?;
-        if said.open_gaps == 0 {
-            return Ok(said.rpo);
-        }
-        // Until the heal ends, nothing behind the gap can be recovered. A machine that nobody wrote to has no point before.
-        Ok(said.now.saturating_sub(said.newest_point.max(self.protected_since)))
+        // Until a heal ends, nothing behind its gap can be recovered. A machine that nobody wrote to has no point before.
+        let through = if said.open_gaps == 0 { said.proven_through } else { said.newest_point };
+        Ok(said.now.saturating_sub(through.max(self.protected_since)))
     }
 }
 
 /// What the vault says of the machine. Moments are wall time.
 struct Said {
     now: Duration,
-    rpo: Duration,
+    proven_through: Duration,
     newest_point: Duration,
     open_gaps: u64,
 }
@@ -223,8 +224,8 @@ impl Said {
         let status = site.vault_status(MACHINE)?.context("the vault does not know the machine")?;
         let number = |name: &str| status[name].as_u64().with_context(|| format!("the status has no {name}"));
         let time = |name: &str| number(name).map(Duration::from_nanos);
-        let rpo = time("rpo_ns")?;
-        let now = time("proven_through_ns")? + rpo;
-        Ok(Said { now, rpo, newest_point: time("newest_point_ns")?, open_gaps: number("open_gaps")? })
+        let proven_through = time("proven_through_ns")?;
+        let now = proven_through + time("rpo_ns")?;
+        Ok(Said { now, proven_through, newest_point: time("newest_point_ns")?, open_gaps: number("open_gaps")? })
     }
 }
