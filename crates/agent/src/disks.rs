@@ -5,7 +5,7 @@
 //! with the content of another. An image file that was exchanged cannot report anything; its inode and, after an
 //! orderly stop, its time of modification give it away, and the whole disk is compared then.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, TryLockError};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
@@ -19,7 +19,7 @@ use world::{Access, BlockDevice, FileDevice};
 use crate::capture::ProtectedDisk;
 use crate::config::DiskConfig;
 use crate::service::problem::{Problem, ProblemKind, chain};
-use crate::state::StateDir;
+use crate::state::{RecordError, StateDir};
 
 const REGISTER: &str = "disks";
 
@@ -193,7 +193,11 @@ impl DiskRegister {
     /// # Errors
     /// It is damaged: numbers could be given twice.
     pub fn load(state: &StateDir) -> Result<DiskRegister, Problem> {
-        let found = state.read(REGISTER).map_err(|error| {
+        let found = state.read::<DiskRegister>(REGISTER).and_then(|found| match found {
+            Some(found) if !found.is_sound() => Err(RecordError::Damaged),
+            found => Ok(found),
+        });
+        let found = found.map_err(|error| {
             Problem::failed(
                 "the register of this machine's disks cannot be used",
                 format!("{}: {}", state.path().join(REGISTER).display(), chain(&error)),
@@ -201,6 +205,22 @@ impl DiskRegister {
             )
         })?;
         Ok(found.unwrap_or_default())
+    }
+
+    /// Whether each disk has a number of its own, and there is one for the next.
+    fn is_sound(&self) -> bool {
+        let numbers: BTreeSet<u16> = self.disks.values().map(|known| known.disk).collect();
+        numbers.len() == self.disks.len() && !numbers.contains(&u16::MAX)
+    }
+
+    /// Whatever a record says, a sound register gives a new disk a number that no other has.
+    #[cfg(any(test, fuzzing))]
+    pub(crate) fn check_fuzzed(&self) {
+        let mut register = self.clone();
+        if register.is_sound() && !register.disks.contains_key("new") {
+            let number = register.number("new").0;
+            assert!(self.disks.values().all(|known| known.disk < number), "{number} is taken");
+        }
     }
 
     /// Remembers `disks` as they are now, durable on return. `Stopped`: nobody will write to them from here on.

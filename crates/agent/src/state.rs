@@ -5,6 +5,7 @@
 //! enrolment         machine name and server addresses of the join
 //! disks             numbers of the disks, assigned once
 //! cleared           the newest commit on which maps were cleared
+//! point             an application-consistent point that is being taken
 //! stream            where the stream ended, from an orderly end to the next start
 //! maps, maps.lock   dirty maps (docs/formats/dirty-maps.md)
 //! agent.lock        held by the running agent
@@ -87,6 +88,11 @@ impl StateDir {
             )
         })?;
         Ok(StateDir { path: path.to_owned(), files: RealFiles::new(path) })
+    }
+
+    /// The directory at `path`, which is only read: nothing is created.
+    pub(crate) fn at(path: &Path) -> StateDir {
+        StateDir { path: path.to_owned(), files: RealFiles::new(path) }
     }
 
     /// Where it is.
@@ -302,10 +308,12 @@ impl StateDir {
 
     /// Makes `value` the record `name`, durable on return.
     pub(crate) fn write<T: Serialize>(&self, name: &str, value: &T) -> io::Result<()> {
-        let json = serde_json::to_string_pretty(value).map_err(io::Error::other)?;
-        let checksum = blake3::hash(json.as_bytes()).to_hex();
-        let text = format!("{MAGIC} {name} {VERSION} {checksum}\n{json}\n");
-        durable::replace(&self.files, name, text.as_bytes(), "new")
+        durable::replace(&self.files, name, encode(name, value)?.as_bytes(), "new")
+    }
+
+    /// Removes the record `name`.
+    pub(crate) fn forget(&self, name: &str) -> io::Result<()> {
+        self.files.remove(name)
     }
 
     /// The record `name`, if there is one.
@@ -317,14 +325,56 @@ impl StateDir {
             Ok(_) => {}
         }
         let bytes = self.files.read(name).map_err(RecordError::Unreadable)?;
-        let text = std::str::from_utf8(&bytes).map_err(|_| RecordError::Damaged)?;
-        let (head, json) = text.split_once('\n').ok_or(RecordError::Damaged)?;
-        let json = json.strip_suffix('\n').ok_or(RecordError::Damaged)?;
+        decode(name, &bytes).map(Some)
+    }
+}
+
+/// The bytes of the record `name`.
+fn encode<T: Serialize>(name: &str, value: &T) -> io::Result<String> {
+    let json = serde_json::to_string_pretty(value).map_err(io::Error::other)?;
+    let checksum = blake3::hash(json.as_bytes()).to_hex();
+    Ok(format!("{MAGIC} {name} {VERSION} {checksum}\n{json}\n"))
+}
+
+/// What the bytes of the record `name` say.
+fn decode<T: DeserializeOwned>(name: &str, bytes: &[u8]) -> Result<T, RecordError> {
+    let text = std::str::from_utf8(bytes).map_err(|_| RecordError::Damaged)?;
+    let (head, json) = text.split_once('\n').ok_or(RecordError::Damaged)?;
+    let json = json.strip_suffix('\n').ok_or(RecordError::Damaged)?;
+    let checksum = blake3::hash(json.as_bytes()).to_hex();
+    if head != format!("{MAGIC} {name} {VERSION} {checksum}") {
+        return Err(RecordError::Damaged);
+    }
+    serde_json::from_str(json).map_err(|_| RecordError::Damaged)
+}
+
+/// A record's bytes for the fuzzer, which cannot know checksums: the first byte names the kind, the rest is the JSON. What
+/// is understood is written and read back the same. Also the bytes as they are.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn fuzzed_record(data: &[u8]) -> bool {
+    fn check<T: Serialize + DeserializeOwned>(name: &str, json: &str, judge: impl Fn(&T)) -> bool {
         let checksum = blake3::hash(json.as_bytes()).to_hex();
-        if head != format!("{MAGIC} {name} {VERSION} {checksum}") {
-            return Err(RecordError::Damaged);
-        }
-        serde_json::from_str(json).map(Some).map_err(|_| RecordError::Damaged)
+        let bytes = format!("{MAGIC} {name} {VERSION} {checksum}\n{json}\n");
+        let Ok(value) = decode::<T>(name, bytes.as_bytes()) else { return false };
+        judge(&value);
+        let written = encode(name, &value).expect("a record is plain data");
+        let again = decode::<T>(name, written.as_bytes()).expect("what was written is read");
+        assert_eq!(encode(name, &again).expect("a record is plain data"), written);
+        true
+    }
+    assert!(decode::<Cleared>(CLEARED, data).is_err() || data.starts_with(MAGIC.as_bytes()));
+    let Some((&kind, rest)) = data.split_first() else { return false };
+    let Ok(json) = std::str::from_utf8(rest) else { return false };
+    match kind {
+        b'e' => check::<Enrolment>(ENROLMENT, json, |_| ()),
+        b'c' => check::<Cleared>(CLEARED, json, |cleared| drop(cleared.parse())),
+        b's' => check::<StreamEnd>(STREAM, json, |end| {
+            let Some(kept) = end.parse() else { return };
+            let again = StreamEnd::of(Epoch(end.epoch), &kept).parse().expect("what was kept is read");
+            assert_eq!(again, kept);
+        }),
+        b'd' => check::<crate::disks::DiskRegister>("disks", json, crate::disks::DiskRegister::check_fuzzed),
+        _ => false,
     }
 }
 

@@ -95,7 +95,7 @@ pub(super) fn drivers(root: &SystemRoot, release: &str) -> Drivers {
             Initramfs { path: String::new(), unknown_because, modules: Vec::new() }
         }
         Some(path) => {
-            let (modules, unknown_because) = match File::open(root.path(&path)).map(|file| read_initramfs(file)) {
+            let (modules, unknown_because) = match File::open(root.path(&path)).map(read_initramfs) {
                 Ok(read) => read,
                 Err(error) => (BTreeSet::new(), format!("it cannot be read: {error}")),
             };

@@ -46,7 +46,9 @@ pub(crate) fn mark(target: &Target, name: &str, wait_s: u64, output: &Output) ->
     let said = match &answer {
         Answer::Marked { name, durable: true, .. } => format!("marked `{name}`; the process server has it durably"),
         Answer::Marked { name, connected: true, .. } => {
-            format!("noted `{name}`; it becomes a point when the process server has it (--wait-s SECONDS waits for that)")
+            format!(
+                "noted `{name}`; it becomes a point when the process server has it (--wait-s SECONDS waits for that)"
+            )
         }
         Answer::Marked { name, .. } => format!(
             "noted `{name}`; no process server is connected: it becomes a point when one has it, unless the send buffer \
@@ -68,7 +70,9 @@ pub(crate) fn point(target: &Target, name: &str, wait_s: u64, output: &Output) -
     let place = match (durable, connected) {
         (true, _) => "the process server has it durably",
         (_, true) => "it becomes a point when the process server has it (--wait-s SECONDS waits for that)",
-        _ => "no process server is connected: it becomes a point when one has it, unless the send buffer overflows before",
+        _ => {
+            "no process server is connected: it becomes a point when one has it, unless the send buffer overflows before"
+        }
     };
     let text = remarks.iter().fold(format!("`{name}` is {kind}; {place}"), |text, remark| text + "\nnote: " + remark);
     output.data(&answer, text);
