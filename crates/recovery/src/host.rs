@@ -270,7 +270,10 @@ impl BranchHost {
             // Killed between the state file and the chain's first manifest.
             Err(VaultError::WrongChainState { .. }) => {
                 let history = ChainHistory::load(self.vault.store(), self.vault.keys(), info.parent.chain)?;
-                let disks = history.geometry_at(info.parent.sequence);
+                // The same disks as before the kill: not those that the point lacks.
+                let moment = Moment::Sequence(info.parent.sequence);
+                let point = Points::new(self.vault.store(), self.vault.keys(), &history).resolve(&moment)?;
+                let disks = disks_at(&history, &point)?;
                 let below = ViewBelow { view: view_of(&self.source, &history)?, at: info.parent.sequence };
                 self.begin(state, info, disks, below, lock)
             }

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use recovery::read_ahead::ReadAheadConfig;
 use recovery::{BranchConfig, BranchError, BranchHost, Keep, SealConfig};
-use replication::ChainId;
+use replication::{ChainId, Ranges};
 use vault::view_source::CacheBytes;
 use vault::{Moment, UnlockedVault};
 use world::{Clock, Entropy, Files};
@@ -75,20 +75,24 @@ impl BranchSite {
         })
     }
 
-    /// Orders a branch of `chain` at `moment`. What is known of the parent's points is asked of `announced` once the
-    /// point is chosen. The inner error says why the point cannot be opened.
+    /// Orders a branch of `chain` at `moment`, under the id that a failover gave it if there is one. What is known of the
+    /// parent's points is asked of `announced` once the point is chosen. The inner error says why the point cannot be opened.
     ///
     /// # Errors
     /// The broken promise.
     pub fn open(
         &mut self,
-        chain: ChainId,
+        (chain, id): (ChainId, Option<ChainId>),
         moment: &Moment,
         ends_at: u64,
-        announced: impl Fn(replication::SequenceNumber) -> Option<StateDigest>,
+        announced: impl Fn(replication::SequenceNumber) -> Option<(StateDigest, Ranges)>,
         now: u64,
     ) -> Result<Result<Opening, BranchError>, String> {
-        match self.host().open(chain, moment, "simulated") {
+        let opened = match id {
+            Some(id) => self.host().open_as(id, chain, moment, "simulated"),
+            None => self.host().open(chain, moment, "simulated"),
+        };
+        match opened {
             Ok(branch) => {
                 let info = branch.info();
                 let expected = announced(info.parent.sequence);

@@ -26,7 +26,6 @@ struct Platters {
 #[derive(Debug, Clone)]
 pub struct SimDisk {
     platters: Arc<Mutex<Platters>>,
-    size: u64,
 }
 
 impl SimDisk {
@@ -40,7 +39,24 @@ impl SimDisk {
             unreadable: BTreeSet::new(),
             fail_writes: 0,
         };
-        SimDisk { platters: Arc::new(Mutex::new(platters)), size }
+        SimDisk { platters: Arc::new(Mutex::new(platters)) }
+    }
+
+    /// Makes the disk `size` bytes long, a multiple of 512, as a volume is grown or made anew smaller. What comes to be
+    /// there is whatever `rng` says: nobody has zeroed it.
+    pub fn resize(&self, size: u64, rng: &mut Rng) {
+        let mut platters = self.lock();
+        let before = platters.current.len();
+        let Platters { current, durable, cached, unreadable, .. } = &mut *platters;
+        current.resize(size as usize, 0);
+        if current.len() > before {
+            rng.fill(&mut current[before..]);
+        }
+        durable.resize(size as usize, 0);
+        let kept = before.min(size as usize);
+        durable[kept..].copy_from_slice(&current[kept..]);
+        cached.retain(|sector| sector * SECTOR < kept);
+        unreadable.retain(|sector| sector * SECTOR < kept);
     }
 
     /// What a reader sees now.
@@ -108,7 +124,7 @@ impl SimDisk {
 
 impl BlockDevice for SimDisk {
     fn size(&self) -> u64 {
-        self.size
+        self.lock().current.len() as u64
     }
 
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<(), BlockError> {

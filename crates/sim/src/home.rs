@@ -3,12 +3,13 @@
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use bytes::Bytes;
 use link::{Frame, FrameLink, LinkError, TrySend};
 use recovery::{
     HomeDisk, HomeDisks, HomeError, HomeLine, HomeOrder, HomeVisit, LineError, MasterTarget, Refusal, Visit,
 };
-use replication::DiskId;
-use replication::wire::Message;
+use replication::wire::{HealContent, Message};
+use replication::{ByteRange, DiskGeometry, DiskId};
 use world::{BlockDevice, BlockError, Clock, Entropy, Files};
 
 use crate::clock::{SimClock, TrueTime};
@@ -36,8 +37,12 @@ pub struct SimHome {
     target: Option<MasterTarget>,
     visit: Option<HomeVisit>,
     door: Arc<Mutex<Door>>,
+    healed: Arc<Mutex<Vec<Healed>>>,
     bug: Option<Bug>,
 }
+
+/// What a heal brought for a range of a disk; nothing stands for zeroes.
+type Healed = (DiskId, ByteRange, Option<Bytes>);
 
 impl SimHome {
     /// A master target in front of `disks`.
@@ -51,8 +56,24 @@ impl SimHome {
             target: None,
             visit: None,
             door: Arc::default(),
+            healed: Arc::default(),
             bug,
         }
+    }
+
+    /// Has no other disks than a branch, and none larger. Whether that changed anything.
+    pub fn fit(&mut self, branch: &[DiskGeometry]) -> bool {
+        let size = |disk: DiskId| branch.iter().find(|known| known.disk == disk).map(|known| known.size_bytes);
+        let fits = |disk: DiskId, device: &SimDisk| size(disk).is_some_and(|size| device.size() <= size);
+        if self.disks.iter().all(|(disk, device)| fits(*disk, device)) {
+            return false;
+        }
+        self.disks.retain(|(disk, _)| size(*disk).is_some());
+        for (disk, device) in &self.disks {
+            device.resize(size(*disk).expect("the others are gone").min(device.size()), &mut self.rng);
+        }
+        self.target = None;
+        true
     }
 
     /// The order that brings a machine home to these disks.
@@ -127,8 +148,9 @@ impl SimHome {
             self.visit = Some(self.target().visit());
         }
         let (Some(link), Some(mut visit)) = (self.link(), self.visit.take()) else { return Ok(()) };
+        let (disks, healed) = (self.disks.clone(), Arc::clone(&self.healed));
         for _ in 0..16 {
-            let spoiled = SpoiledLink { link: &link, bug: self.bug };
+            let spoiled = SpoiledLink { link: &link, disks: &disks, healed: &healed, bug: self.bug };
             match visit.step(self.target(), &spoiled, Duration::ZERO) {
                 Ok(Visit::Busy) => {}
                 Ok(Visit::Idle) => break,
@@ -204,7 +226,32 @@ impl HomeDisks for SimDisks {
 /// The master target's end of a link with a planted bug in front of it, or none.
 struct SpoiledLink<'a> {
     link: &'a LinkEnd,
+    disks: &'a [(DiskId, SimDisk)],
+    /// What the heal brought with the frames that were taken last.
+    healed: &'a Mutex<Vec<Healed>>,
     bug: Option<Bug>,
+}
+
+impl SpoiledLink<'_> {
+    /// Writes what the heal brought over whatever the stream has written there since.
+    fn ignore_the_shield(&self) {
+        for (disk, range, data) in self.healed.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
+            let Some((_, device)) = self.disks.iter().find(|(id, _)| *id == disk) else { continue };
+            let zeroes = || Bytes::from(vec![0; range.len as usize]);
+            drop(device.write_at(range.start, &data.unwrap_or_else(zeroes)));
+        }
+    }
+
+    fn note_healed(&self, frame: &Frame) {
+        let Ok(message) = Message::decode(frame.kind(), frame.clone().into_body()) else { return };
+        let Message::HealData { disk, range, content, .. } = message else { return };
+        let data = match content {
+            HealContent::Data(data) => Some(data),
+            HealContent::Zero => None,
+            HealContent::Unreadable => return,
+        };
+        self.healed.lock().unwrap_or_else(PoisonError::into_inner).push((disk, range, data));
+    }
 }
 
 impl FrameLink for SpoiledLink<'_> {
@@ -227,7 +274,14 @@ impl FrameLink for SpoiledLink<'_> {
     }
 
     fn recv(&self, timeout: Duration) -> Result<Option<Frame>, LinkError> {
-        self.link.recv(timeout)
+        if self.bug != Some(Bug::ShieldIgnored) {
+            return self.link.recv(timeout);
+        }
+        // What was taken before is written by now.
+        self.ignore_the_shield();
+        let frame = self.link.recv(timeout)?;
+        frame.iter().for_each(|frame| self.note_healed(frame));
+        Ok(frame)
     }
 }
 

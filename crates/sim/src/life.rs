@@ -8,11 +8,13 @@
 //! * once faults stop, everything becomes healthy and the newest point is the machine's present state.
 
 mod branches;
+mod decision;
 mod drain;
 mod failover;
 mod final_checks;
 mod gaps;
 mod judge;
+mod maintenance;
 mod misfortune;
 mod report;
 
@@ -22,7 +24,7 @@ use std::sync::Arc;
 use replication::cut::PointTime;
 use replication::{ChainId, SequenceNumber};
 use vault::catalog::Catalog;
-use vault::keys::{PassphraseCost, WriterRole};
+use vault::keys::{PassphraseCost, WriterRole, WriterSession};
 use vault::manifest::GapScope;
 use vault::view_source::{CacheBytes, FrameSource};
 use vault::{ChainHistory, ChainTail, FolderStore, Store, UnlockedVault, Vault};
@@ -41,7 +43,7 @@ use crate::tenant::{Announced, AnnouncedPoints};
 
 use branches::Branches;
 
-pub use report::{Fault, Report, Violation};
+pub use report::{Fault, Report, Undisturbed, Violation};
 
 const MILLISECOND: u64 = 1_000_000;
 const SECOND: u64 = 1000 * MILLISECOND;
@@ -73,11 +75,25 @@ struct World {
     misfortunes: Vec<gaps::Misfortune>,
     gaps_seen: BTreeSet<(SequenceNumber, PointTime, GapScope)>,
     faults: BTreeMap<Fault, u64>,
+    /// When each fault occurred last.
+    last_of: BTreeMap<Fault, u64>,
     trace: blake3::Hasher,
     branches: Branches,
+    partial_points: u64,
     moving: Option<drain::Moving>,
-    moved: Option<drain::Moved>,
-    undisturbed_moves: u64,
+    quiet: Option<drain::Quiet>,
+    planned: Option<drain::Planned>,
+    undisturbed: Undisturbed,
+    /// Who decides about failovers.
+    operator: Arc<WriterSession>,
+    decision: Option<decision::Decision>,
+    /// The machine's chain is closed.
+    closed: Option<decision::Closed>,
+    /// Ring overflows that were seen, and of which run of the agent.
+    breaks_seen: (u64, u64),
+    /// When the way from the ring to the vault was disturbed last, and when more was written at once than the ring holds.
+    disturbed_at: u64,
+    burst_at: u64,
     bug: Option<Bug>,
     snapshot: Option<Vec<Vec<u8>>>,
     /// The model can no longer say what the disks hold in these states: a write failed or a sector was lost.
@@ -106,7 +122,7 @@ impl World {
         let (unlocked, _) = Vault::create(dyn_store.clone(), "simulated", PassphraseCost::TRIVIAL, &entropy, &clock)
             .expect("a vault is made in an empty store");
         let shape = SourceShape {
-            disk_bytes: vec![320 * 1024, 100 * 1024 + 512],
+            disk_bytes: vec![288 * 1024, 100 * 1024 + 512],
             ring_bytes: 96 * 1024,
             write_bytes_max: 12 * 1024,
         };
@@ -121,6 +137,9 @@ impl World {
             })
             .collect();
         let frames = Arc::new(FrameSource::new(dyn_store, Arc::clone(unlocked.keys()), CacheBytes::default()));
+        let operator = unlocked.grant_writer(WriterRole::Operator, "operator", &entropy, &clock);
+        let operator = operator.expect("the owner grants");
+        let operator = WriterSession::new(operator, entropy, clock).expect("the read key is sound");
         let site = BranchSite::new(unlocked.clone(), &time, rng.fork(), bug);
         let branches = Branches::new(site, rng.fork());
         World {
@@ -144,11 +163,20 @@ impl World {
             misfortunes: Vec::new(),
             gaps_seen: BTreeSet::new(),
             faults: BTreeMap::new(),
+            last_of: BTreeMap::new(),
             trace: blake3::Hasher::new(),
             branches,
+            partial_points: 0,
             moving: None,
-            moved: None,
-            undisturbed_moves: 0,
+            quiet: None,
+            planned: None,
+            undisturbed: Undisturbed::default(),
+            operator: Arc::new(operator),
+            decision: None,
+            closed: None,
+            breaks_seen: (0, 0),
+            disturbed_at: 0,
+            burst_at: 0,
             bug,
             snapshot: None,
             wall_errors: false,
@@ -158,16 +186,16 @@ impl World {
     fn live(&mut self) -> Result<Report, String> {
         self.servers.iter_mut().for_each(SimServer::start);
         self.source.start_agent();
-        // The first replication competes with the stream for the link, and may lose.
-        self.may_open_gap(Fault::RingOverflow);
         while self.time.now() < STORMY_NS {
-            self.store.set_faults(StoreFaults { refused: 15, answer_lost: 15 });
+            let faults = StoreFaults { refused: 15, answer_lost: 15 };
+            self.store.set_faults(if self.is_quiet() { StoreFaults::default() } else { faults });
             self.misfortune();
             self.branch_misfortune()?;
             self.tick(true)?;
         }
         self.store.set_faults(StoreFaults::default());
         self.suspended_until = [0; 2];
+        self.quiet = None;
         let deadline = self.time.now() + CALM_NS;
         // The machine goes on working for a while, then rests, so that its last state can become a point.
         let rest_at = self.time.now() + CALM_NS / 4;
@@ -194,7 +222,9 @@ impl World {
         if !self.source.is_running() && !self.is_away() {
             self.source.start_agent();
         }
-        if self.source.is_running() && !self.source.is_plugged() && self.rng.one_in(4) {
+        // Who is refused does not ask again so soon.
+        let patience = if self.closed.is_some() { 40 } else { 4 };
+        if self.source.is_running() && !self.source.is_plugged() && self.rng.one_in(patience) {
             let delay = 1 + self.rng.below(20 * MILLISECOND);
             let (near, far) = connect(&self.time, delay);
             self.servers[self.assigned].accept(far);
@@ -203,7 +233,7 @@ impl World {
         if working && !self.is_away() && (!self.is_moving() || self.rng.one_in(40)) {
             self.workload();
         }
-        if self.rng.one_in(40) || !working {
+        if self.source.is_in_service() && (self.rng.one_in(40) || !working) {
             self.source.mend_sector();
         }
         for _ in 0..2 {
@@ -215,7 +245,10 @@ impl World {
             }
             self.time.advance(MILLISECOND);
         }
-        self.step_move();
+        self.watch_the_ring()?;
+        self.note_restart();
+        self.step_planned();
+        self.step_decision()?;
         self.note_store_faults();
         self.note_end()?;
         self.live_branches(working)?;
@@ -229,9 +262,9 @@ impl World {
 
     fn workload(&mut self) {
         let burst = match self.rng.below(400) {
-            0 => {
+            0 if !self.is_quiet() && self.source.is_in_service() => {
                 self.count(Fault::RingOverflow);
-                self.may_open_gap(Fault::RingOverflow);
+                self.burst_at = self.time.now();
                 40
             }
             draw => draw % 3 / 2 * 2,
@@ -246,17 +279,22 @@ impl World {
     /// A pipeline may end only because somebody else took the chain over.
     fn note_end(&mut self) -> Result<(), String> {
         let mut stale = 0;
+        let mut failed = 0;
         let mut broken_down = Vec::new();
+        // Closed, or about to learn that it is, or not yet on the way to where the machine went.
+        let may_be_closed = self.closed.is_some() || self.is_deciding() || !self.branches.left_behind.is_empty();
         for (index, server) in self.servers.iter_mut().enumerate() {
             for end in server.ends.drain(..) {
-                let fenced = end.contains("Fenced");
-                if !fenced && !end.contains("Unavailable") {
+                let (fenced, unavailable) = (end.contains("Fenced"), end.contains("Unavailable"));
+                let closed = may_be_closed && (end.contains("Closed {") || end.contains("ChainClosed"));
+                if !fenced && !unavailable && !closed {
                     return Err(format!("server {}: its pipeline ended: {end}", server.name));
                 }
                 stale += u64::from(fenced && index != self.assigned);
+                failed += u64::from(unavailable);
             }
             for reason in server.closed.drain(..) {
-                if !reason.contains("severed") && !reason.contains("Busy") {
+                if !["severed", "Busy", "good-bye"].iter().any(|known| reason.contains(known)) {
                     broken_down.push((index, reason));
                 }
             }
@@ -271,6 +309,7 @@ impl World {
             }
         }
         (0..stale).for_each(|_| self.count(Fault::StaleWriterFenced));
+        (0..failed).for_each(|_| self.strike(Fault::OpeningFailed));
         Ok(())
     }
 
@@ -279,6 +318,7 @@ impl World {
             eprintln!("{:.3} {fault:?}", self.time.now() as f64 / 1e9);
         }
         *self.faults.entry(fault).or_default() += 1;
+        self.last_of.insert(fault, self.time.now());
         self.trace.update(&[fault as u8]).update(&self.time.now().to_le_bytes());
     }
 

@@ -57,6 +57,11 @@ impl LinkEnd {
         self.lock().stalled_until = self.time.now() + ns;
     }
 
+    /// Whether nothing arrives now.
+    pub fn is_stalled(&self) -> bool {
+        self.time.now() < self.lock().stalled_until
+    }
+
     /// Whether the connection is broken.
     pub fn is_broken(&self) -> bool {
         self.lock().broken

@@ -4,7 +4,7 @@ use std::process::ExitCode;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
-use sim::life::{Fault, Report, Violation, run};
+use sim::life::{Fault, Report, Undisturbed, Violation, run};
 use sim::planted::{ALL, Bug};
 
 /// Lives within which each planted bug must be caught.
@@ -83,14 +83,22 @@ fn lives(options: &Options) -> bool {
     let count = |fault: &Fault| sum.faults.get(fault).copied().unwrap_or(0);
     let counts: Vec<_> = Fault::ALL.iter().map(|fault| format!("{fault:?} {}", count(fault))).collect();
     println!("faults: {}", counts.join(", "));
-    println!("{} points judged, {} gaps, {} manifests", sum.points, sum.gaps, sum.manifests);
-    println!("{} drained moves with nothing else around them", sum.undisturbed_moves);
+    let Report { points, partial_points, gaps, manifests, .. } = sum;
+    println!("{points} points judged, {partial_points} of them lacking ranges; {gaps} gaps, {manifests} manifests");
+    let Undisturbed { moves, restarts } = sum.undisturbed;
+    println!("with nothing else around them: {moves} drained moves, {restarts} restarts of the agent");
     println!("{} branches opened, {} returns from one", sum.branches, sum.returns);
     println!("sim: {} passed, {failures} failed", options.count - failures);
     let missing: Vec<_> = Fault::ALL.iter().filter(|fault| count(fault) == 0).collect();
-    if options.count >= 20 && options.bug.is_none() && !missing.is_empty() {
-        eprintln!("error: these faults never occurred: {missing:?}");
-        return false;
+    if options.count >= 20 && options.bug.is_none() {
+        if !missing.is_empty() {
+            eprintln!("error: these faults never occurred: {missing:?}");
+            return false;
+        }
+        if [moves, restarts, partial_points].contains(&0) {
+            eprintln!("error: nothing was judged of what is planned, or no point that lacks ranges");
+            return false;
+        }
     }
     failures == 0
 }

@@ -42,10 +42,30 @@ pub enum Bug {
     AbsorbedAcrossCut,
     /// An agent that comes back on a new link is taken for a new one: a gap and a heal for nothing.
     GapWithoutCause,
+    /// Home writes what a heal read over what the branch has written since.
+    ShieldIgnored,
+    /// A gap of ranges is never recorded: points are offered as whole.
+    LackingNotSaid,
+    /// A gap of ranges names more than is lacking: points say that they lack what they have.
+    LackingTooMuchSaid,
+    /// A server goes on with a chain that a failover has closed.
+    CloseIgnored,
+    /// A server that takes over does not ask what the sender still has: a planned move opens a gap.
+    HandOverForgotten,
+    /// In an outage: what a full journal does not take is acknowledged all the same.
+    FullJournalAcknowledges,
+    /// In an outage: the journal grows beyond its configured size.
+    JournalUnbounded,
+    /// In an outage: everything that waits for the store waits in memory.
+    MemoryUnbounded,
+    /// In an outage: heal data that could not be stored at once is never credited to the sender again.
+    CreditNotPaid,
+    /// In an outage: what cannot be compared is taken for different.
+    ComparedWithoutVault,
 }
 
-/// All of them, in the order in which the test runs them.
-pub const ALL: [Bug; 19] = [
+/// What lives must catch, in the order in which the test runs them.
+pub const ALL: [Bug; 24] = [
     Bug::AckBeforeSync,
     Bug::HealBelowOlderWrites,
     Bug::HealAboveStream,
@@ -65,13 +85,27 @@ pub const ALL: [Bug; 19] = [
     Bug::RetryUnderLostGeneration,
     Bug::AbsorbedAcrossCut,
     Bug::GapWithoutCause,
+    Bug::ShieldIgnored,
+    Bug::LackingNotSaid,
+    Bug::LackingTooMuchSaid,
+    Bug::CloseIgnored,
+    Bug::HandOverForgotten,
+];
+
+/// What shows only while the vault is away for long: the tests of outages must catch it.
+pub const IN_OUTAGES: [Bug; 5] = [
+    Bug::FullJournalAcknowledges,
+    Bug::JournalUnbounded,
+    Bug::MemoryUnbounded,
+    Bug::CreditNotPaid,
+    Bug::ComparedWithoutVault,
 ];
 
 impl std::str::FromStr for Bug {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Bug, String> {
-        let found = ALL.into_iter().find(|bug| format!("{bug:?}") == text);
+        let found = ALL.into_iter().chain(IN_OUTAGES).find(|bug| format!("{bug:?}") == text);
         found.ok_or_else(|| format!("there is no planted bug {text}; known are {ALL:?}"))
     }
 }

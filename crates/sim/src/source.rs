@@ -1,5 +1,6 @@
 //! A protected machine: disks, a workload that writes to them through the splitter, the real agent engine, and the model
-//! that watches. It can be killed, power-cut, reverted and cloned.
+//! that watches. It can be killed, power-cut, reverted and cloned. Its agent can end in order, and disks be added, grown
+//! or used meanwhile: the next agent goes on with the stream, as `farshore-agent` does.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -9,12 +10,14 @@ use crate::planted::Bug;
 use crate::spoiled::{Interference, SharedStrikes, SpoiledCapture};
 use agent::capture::mapfile::MemoryMapStore;
 use agent::capture::splitter::{ProtectedDisk, Splitter, SplitterConfig};
-use agent::engine::{ClearedMark, Engine, Step};
-use replication::geometry::LEAF_BYTES;
-use replication::sender::SenderConfig;
-use replication::wire::OfferHashes;
+use agent::capture::{Capture, Unbroken};
+use agent::engine::{ClearedMark, Engine, Step, Wire};
+use replication::geometry::{GRANULE_BYTES, LEAF_BYTES};
+use replication::sender::{KeptStream, SenderConfig};
+use replication::wire::{Message, OfferHashes};
 use replication::{
-    ChainId, DiskGeometry, DiskId, DiskIdentity, InstanceId, MachineId, MarkerKind, PointTime, SequenceNumber,
+    ByteRange, ChainId, DiskGeometry, DiskId, DiskIdentity, Epoch, InstanceId, MachineId, MarkerKind, PointTime,
+    Ranges, SequenceNumber,
 };
 use world::{BlockDevice, Clock};
 
@@ -23,6 +26,17 @@ use crate::disk::SimDisk;
 use crate::link::LinkEnd;
 use crate::model::Model;
 use crate::rng::Rng;
+
+fn geometry(index: u16, disk: &SimDisk) -> DiskGeometry {
+    DiskGeometry {
+        disk: DiskId(index),
+        identity: DiskIdentity { serial: format!("sim-{index}"), fingerprint: [0; 16] },
+        path: format!("/dev/sim{index}"),
+        size_bytes: disk.size(),
+        logical_sector_bytes: 512,
+        physical_sector_bytes: 4096,
+    }
+}
 
 /// Sizes and paces of a machine.
 #[derive(Debug, Clone)]
@@ -54,6 +68,41 @@ struct Running {
     engine: Engine<SpoiledCapture>,
 }
 
+/// What happens to the disks while no agent runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Maintenance {
+    /// Nothing.
+    Nothing,
+    /// One is added.
+    Add,
+    /// The second one grows.
+    Grow,
+    /// One of them is written to.
+    Use,
+}
+
+/// An agent that ends in order: its disks are out of service, and what is in its ring still goes out.
+struct Stopping {
+    until: u64,
+    then: Maintenance,
+}
+
+/// How an agent ended in order.
+#[derive(Debug, Clone)]
+pub struct Ended {
+    /// The next one can go on with the stream, lacking these ranges besides what joins; otherwise there is a gap.
+    pub kept: Option<Ranges>,
+    /// What happened to the disks.
+    pub then: Maintenance,
+}
+
+/// Disks that a machine may come to have.
+const DISKS_MAX: usize = 3;
+/// Size of a disk that is added, in bytes.
+const ADDED_BYTES: u64 = 40 * 1024 + 512;
+/// Beyond this size the second disk grows no more, in bytes.
+const GROWN_BYTES_MAX: u64 = 136 * 1024;
+
 /// See the module's documentation.
 pub struct Source {
     /// The machine's identity.
@@ -74,6 +123,15 @@ pub struct Source {
     written_since_home: Option<(BTreeSet<(DiskId, u64)>, u64)>,
     /// Writes that happened inside the agent's step.
     interfered: SharedStrikes,
+    runs: u64,
+    stopping: Option<Stopping>,
+    ended: Option<Ended>,
+    /// The newest request of the workload: disk, first byte, length in bytes.
+    written_last: (DiskId, u64, u64),
+    /// What an agent that ended in order left beside its maps.
+    kept: Option<(Epoch, KeptStream)>,
+    /// Everything that a point may ever have lacked by itself.
+    may_lack: Ranges,
     time: TrueTime,
     rng: Rng,
     bug: Option<Bug>,
@@ -89,15 +147,8 @@ impl Source {
             .iter()
             .enumerate()
             .map(|(index, &size)| {
-                let geometry = DiskGeometry {
-                    disk: DiskId(index as u16),
-                    identity: DiskIdentity { serial: format!("sim-{index}"), fingerprint: [0; 16] },
-                    path: format!("/dev/sim{index}"),
-                    size_bytes: size,
-                    logical_sector_bytes: 512,
-                    physical_sector_bytes: 4096,
-                };
-                (geometry, SimDisk::new(size))
+                let disk = SimDisk::new(size);
+                (geometry(index as u16, &disk), disk)
             })
             .collect();
         let model = Model::new(disks.iter().map(|(geometry, disk)| (geometry.disk, disk.contents())).collect());
@@ -117,6 +168,12 @@ impl Source {
             broken: None,
             written_since_home: None,
             interfered: Arc::default(),
+            runs: 0,
+            stopping: None,
+            ended: None,
+            written_last: (DiskId(0), 0, 512),
+            kept: None,
+            may_lack: Ranges::default(),
             time: time.clone(),
             rng,
             bug,
@@ -126,6 +183,7 @@ impl Source {
     /// Starts the agent, and with it the service of the disks.
     pub fn start_agent(&mut self) {
         assert!(self.running.is_none(), "one agent at a time");
+        self.runs += 1;
         let disks = self
             .disks
             .iter()
@@ -157,20 +215,126 @@ impl Source {
             proof_every_ns: 500_000_000,
             heal_chunk_bytes: 64 * 1024,
         };
-        let engine = Engine::new(
-            SpoiledCapture::new(capture, self.bug, interference),
-            config,
-            Arc::new(self.clock.clone()),
-            None,
-            Box::new(self.mark.clone()),
-        );
+        let capture = SpoiledCapture::new(capture, self.bug, interference);
+        let (clock, mark) = (Arc::new(self.clock.clone()), Box::new(self.mark.clone()));
+        let unbroken = capture.unbroken();
+        let kept = self.kept.take().zip(unbroken).filter(|((epoch, _), unbroken)| unbroken.ended_in == *epoch);
+        let engine = match kept {
+            None => Engine::new(capture, config, clock, None, mark),
+            Some(((_, kept), Unbroken { lacking, .. })) => {
+                let joining = lacking.into_iter().map(|(disk, range, cause)| (Ranges::of([(disk, range)]), cause));
+                Engine::resume(capture, config, clock, mark, kept, joining.collect())
+            }
+        };
         self.running = Some(Running { splitter, engine });
+    }
+
+    /// Takes the disks out of service and lets the agent end, once what it has is journaled or `limit_ns` is over.
+    /// Whether there is an agent that can.
+    pub fn stop_in_order(&mut self, limit_ns: u64, then: Maintenance) -> bool {
+        let Some(running) = self.running.as_ref().filter(|_| self.broken.is_none() && self.stopping.is_none()) else {
+            return false;
+        };
+        running.splitter.close(Duration::from_secs(1)).expect("nothing is in flight, and the disks work");
+        self.stopping = Some(Stopping { until: self.time.now() + limit_ns, then });
+        true
+    }
+
+    /// How the agent ended in order, once.
+    pub fn take_ended(&mut self) -> Option<Ended> {
+        self.ended.take()
+    }
+
+    fn end_in_order(&mut self) {
+        let (Some(stopping), Some(running)) = (self.stopping.take(), self.running.take()) else { return };
+        self.kept = running.engine.keep();
+        // Not severed: what was sent arrives, the good-bye last.
+        if let Some(mut link) = self.link.take() {
+            let _ = link.try_send(Message::Bye { reason: "the agent was stopped".into() });
+        }
+        self.maintain(stopping.then);
+        let kept = self.kept.as_ref().map(|(_, kept)| kept.lacking.clone());
+        self.ended = Some(Ended { kept, then: stopping.then });
+    }
+
+    fn maintain(&mut self, what: Maintenance) {
+        match what {
+            Maintenance::Nothing => return,
+            Maintenance::Add => {
+                let disk = SimDisk::new(0);
+                disk.resize(ADDED_BYTES, &mut self.rng);
+                let index = self.disks.last().map_or(0, |(last, _)| last.disk.0 + 1);
+                self.may_lack(DiskId(index), ByteRange::new(0, ADDED_BYTES));
+                self.disks.push((geometry(index, &disk), disk));
+            }
+            Maintenance::Grow => {
+                let (known, disk) = &self.disks[1];
+                let (id, before) = (known.disk, known.size_bytes);
+                disk.resize(before + (1 + self.rng.below(40)) * 512, &mut self.rng);
+                // The leaf that the old end divides is healed as a whole.
+                let start = before / LEAF_BYTES * LEAF_BYTES;
+                let grown = ByteRange::new(start, disk.size() - start);
+                self.disks[1].0 = geometry(id.0, disk);
+                self.may_lack(id, grown);
+            }
+            Maintenance::Use => {
+                let index = self.rng.below(self.disks.len() as u64) as usize;
+                let (id, disk) = (self.disks[index].0.disk, self.disks[index].1.clone());
+                for _ in 0..1 + self.rng.below(3) {
+                    self.scribble(&disk);
+                }
+                disk.flush().expect("the disk is whole");
+                self.may_lack(id, ByteRange::new(0, disk.size()));
+            }
+        }
+        self.model.reshape(self.contents(), self.time.now());
+    }
+
+    /// Whether there is room for one more of this kind.
+    pub fn can(&self, what: Maintenance) -> bool {
+        match what {
+            Maintenance::Nothing | Maintenance::Use => true,
+            Maintenance::Add => self.disks.len() < DISKS_MAX,
+            Maintenance::Grow => self.disks.get(1).is_some_and(|(known, _)| known.size_bytes < GROWN_BYTES_MAX),
+        }
+    }
+
+    fn may_lack(&mut self, disk: DiskId, range: ByteRange) {
+        self.may_lack = self.may_lack.union(&Ranges::of([(disk, range)]));
+    }
+
+    /// Whether something happened to all of `ranges` for which points may lack them.
+    pub fn has_reason_to_lack(&self, ranges: &Ranges) -> bool {
+        self.may_lack.covers(ranges)
+    }
+
+    /// Cuts the disks down to those that `sizes` names: the machine is what its branch is.
+    pub fn fit(&mut self, sizes: &[(DiskId, u64)]) {
+        self.disks.retain_mut(|(known, disk)| {
+            known.size_bytes = disk.size();
+            sizes.iter().any(|(id, _)| *id == known.disk)
+        });
+    }
+
+    fn contents(&self) -> Vec<(DiskId, Vec<u8>)> {
+        self.disks.iter().map(|(geometry, disk)| (geometry.disk, disk.contents())).collect()
+    }
+
+    /// Whether the disks can be written to.
+    pub fn is_in_service(&self) -> bool {
+        self.running.is_some() && self.stopping.is_none()
+    }
+
+    /// Which run of the agent this is, and how often the ring was full in it, or something else was missed.
+    pub fn breaks(&mut self) -> (u64, u64) {
+        (self.runs, self.running.as_mut().map_or(0, |running| running.engine.capture().status().gap_count))
     }
 
     /// Kills the agent. The ring is lost, the maps are not; the disks cannot be written until it starts again.
     pub fn kill_agent(&mut self) {
         self.unplug();
         self.running = None;
+        self.stopping = None;
     }
 
     /// Whether the agent runs.
@@ -206,8 +370,7 @@ impl Source {
         if self.bug != Some(Bug::RebootIgnored) {
             self.rng.fill(&mut self.boot);
         }
-        let disks = self.disks.iter().map(|(geometry, disk)| (geometry.disk, disk.contents())).collect();
-        self.model.reset(disks, self.time.now());
+        self.model.reset(self.contents(), self.time.now());
     }
 
     /// The site is lost: the machine ends as in a power cut, and whoever finds its disks writes to them. They are
@@ -216,17 +379,22 @@ impl Source {
         self.power_cut();
         let disks: Vec<_> = self.disks.iter().map(|(geometry, disk)| (geometry.disk, disk.clone())).collect();
         for _ in 0..self.rng.below(12) {
-            let (_, disk) = &disks[self.rng.below(disks.len() as u64) as usize];
-            let sectors = disk.size() / 512;
-            let start = self.rng.below(sectors);
-            let len = (1 + self.rng.below(64)).min(sectors - start) * 512;
-            let mut data = vec![0; len as usize];
-            self.rng.fill(&mut data);
-            disk.write_at(start * 512, &data).expect("the disk is whole");
+            let index = self.rng.below(disks.len() as u64) as usize;
+            self.scribble(&disks[index].1);
         }
         disks.iter().for_each(|(_, disk)| disk.flush().expect("the disk is whole"));
         self.broken = None;
         disks
+    }
+
+    /// Somebody writes to a disk past the agent.
+    fn scribble(&mut self, disk: &SimDisk) {
+        let sectors = disk.size() / 512;
+        let start = self.rng.below(sectors);
+        let len = (1 + self.rng.below(64)).min(sectors - start) * 512;
+        let mut data = vec![0; len as usize];
+        self.rng.fill(&mut data);
+        disk.write_at(start * 512, &data).expect("the disk is whole");
     }
 
     /// The machine boots from its disks, on which it came home from a branch that `past` knows.
@@ -236,6 +404,8 @@ impl Source {
         self.rng.fill(&mut self.boot);
         self.maps = MemoryMapStore::new();
         self.mark = SharedMark::default();
+        self.kept = None;
+        self.fit(&past.sizes());
         self.model.follow(past, self.time.now());
         self.written_since_home = Some((BTreeSet::new(), unknown_bytes));
     }
@@ -321,6 +491,12 @@ impl Source {
                 }
             }
         }
+        if let (Some(stopping), Some(running)) = (&self.stopping, &self.running) {
+            let is_done = running.engine.is_quiet() || !running.engine.sender().is_whole();
+            if is_done || self.link.is_none() || self.time.now() >= stopping.until {
+                self.end_in_order();
+            }
+        }
     }
 
     /// Whether everything written is journaled, nothing is healing, and nothing is in the ring.
@@ -335,7 +511,7 @@ impl Source {
 
     /// One request of the workload. The model learns of it even if the disk fails: the replica may then hold either.
     pub fn write_something(&mut self) {
-        let Some(running) = &self.running else { return };
+        let Some(running) = self.running.as_ref().filter(|_| self.stopping.is_none()) else { return };
         let index = self.rng.below(self.disks.len() as u64) as usize;
         let (geometry, _) = &self.disks[index];
         let disk = running.splitter.disk(geometry.disk).expect("a protected disk");
@@ -354,7 +530,9 @@ impl Source {
                 drop(disk.write_at(start, &data));
             }
         }
-        self.wrote(geometry.disk, start, &data);
+        let disk_id = geometry.disk;
+        self.written_last = (disk_id, start, len);
+        self.wrote(disk_id, start, &data);
         if self.rng.one_in(20) {
             drop(disk.flush());
         }
@@ -362,7 +540,6 @@ impl Source {
 
     /// Puts a marker into the stream. Returns whether there was room.
     pub fn mark(&mut self, name: &str) -> bool {
-        use agent::capture::Capture;
         self.running.as_mut().is_some_and(|running| running.engine.capture().mark(MarkerKind::Crash, name))
     }
 
@@ -372,13 +549,20 @@ impl Source {
         self.disks.iter().for_each(|(_, disk)| disk.fail_writes(1));
         self.write_something();
         self.disks.iter().for_each(|(_, disk)| disk.fail_writes(0));
-        let disks = self.disks.iter().map(|(geometry, disk)| (geometry.disk, disk.contents())).collect();
-        self.model.reset(disks, self.time.now());
+        self.model.reset(self.contents(), self.time.now());
+        // The maps name whole granules.
+        let (disk, start, len) = self.written_last;
+        let size = self.sizes().find(|(id, _)| *id == disk).map_or(0, |(_, size)| size);
+        let (start, end) = (start / GRANULE_BYTES * GRANULE_BYTES, (start + len).next_multiple_of(GRANULE_BYTES));
+        self.may_lack(disk, ByteRange::new(start, end.min(size) - start));
     }
 
     /// A sector of disk 0 cannot be read until it is written again, which happens at once, as a disk's own remapping
     /// would.
     pub fn break_sector(&mut self) {
+        if !self.is_in_service() {
+            return;
+        }
         let sectors = self.shape.disk_bytes[0] / 512;
         let offset = self.rng.below(sectors) * 512;
         self.disks[0].1.break_sector(offset);
@@ -388,6 +572,7 @@ impl Source {
     /// Writes the broken sector, if there is one, through the splitter.
     pub fn mend_sector(&mut self) {
         let (Some(offset), Some(running)) = (self.broken.take(), &self.running) else { return };
+        debug_assert!(self.stopping.is_none(), "nobody stops an agent while a sector is broken");
         let (disk, data) = (self.disks[0].0.disk, [0x5a; 512]);
         let splitter = running.splitter.disk(disk).expect("a protected disk");
         drop(splitter.write_at(offset, &data));

@@ -2,7 +2,9 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use agent::capture::{Capture, CaptureStatus, Captured, Continuity, Mode, RingPosition, SplitterCapture, SplitterDisk};
+use agent::capture::{
+    Capture, CaptureStatus, Captured, Continuity, Mode, RingPosition, SplitterCapture, SplitterDisk, Unbroken,
+};
 use replication::{ByteRange, DiskGeometry, DiskId, Epoch, MarkerKind};
 use world::{BlockDevice, BlockError};
 
@@ -40,8 +42,10 @@ impl Interference {
             let mut data = vec![0; ((1 + rng.below(8)).min(sectors - first) * 512) as usize];
             rng.fill(&mut data);
             let start = start + first * 512;
-            drop(device.write_at(start, &data));
-            self.done.lock().unwrap_or_else(PoisonError::into_inner).push((disk, start, data));
+            // An agent that ends in order has taken its disks out of service.
+            if device.write_at(start, &data).is_ok() {
+                self.done.lock().unwrap_or_else(PoisonError::into_inner).push((disk, start, data));
+            }
         }
     }
 }
@@ -134,6 +138,10 @@ impl Capture for SpoiledCapture {
 
     fn continuity(&self) -> Continuity {
         self.inner.continuity()
+    }
+
+    fn unbroken(&self) -> Option<Unbroken> {
+        self.inner.unbroken()
     }
 
     fn read(&self, disk: DiskId, offset: u64, buffer: &mut [u8]) -> Result<(), BlockError> {

@@ -5,14 +5,15 @@ use std::sync::Arc;
 
 use recovery::{Branch, BranchError, SealWish, view_of};
 use replication::cut::{Cut, PointTime};
-use replication::{ChainId, DiskId, Position, SequenceNumber};
+use replication::{ChainId, DiskId, Position, Ranges, SequenceNumber};
+use vault::manifest::GapScope;
 use vault::points::Which;
 use vault::view::{ChainView, ReadError};
 use vault::view_source::FrameSource;
 use vault::{ChainHistory, Points, VaultError};
 use world::{BlockDevice, BlockError};
 
-use crate::model::{Model, StateDigest, digest};
+use crate::model::{Model, StateDigest, WHOLE_DISK, digest, digest_without};
 use crate::rng::Rng;
 
 /// Each disk with its bytes.
@@ -23,8 +24,26 @@ pub type DiskContents = Vec<(DiskId, Vec<u8>)>;
 pub struct Announced {
     /// The point.
     pub cut: Cut,
-    /// The disks at it.
+    /// What it lacks, as it says itself.
+    pub lacking: Ranges,
+    /// The disks at it, without what it lacks.
     pub state: StateDigest,
+}
+
+/// What a point lacks.
+pub fn lacking_at(points: &Points<'_>, sequence: SequenceNumber) -> Ranges {
+    let hiding = points.gaps().iter().filter(|gap| gap.hides(sequence));
+    let named = hiding.flat_map(|gap| match &gap.scope {
+        GapScope::Machine => Vec::new(),
+        GapScope::Disks(disks) => disks.iter().map(|disk| (*disk, WHOLE_DISK)).collect(),
+        GapScope::Ranges(ranges) => ranges.clone(),
+    });
+    Ranges::of(named)
+}
+
+/// The disks of a chain and their sizes at a position.
+pub fn sizes_at(history: &ChainHistory, sequence: SequenceNumber) -> Vec<(DiskId, u64)> {
+    history.geometry_at(sequence).into_iter().map(|geometry| (geometry.disk, geometry.size_bytes)).collect()
 }
 
 /// Points of one chain.
@@ -39,12 +58,14 @@ pub struct Tenant {
     pub id: ChainId,
     /// Where it begins.
     pub parent: Position,
-    /// What the parent's point was announced to hold, if the judge knew it.
-    pub expected: Option<StateDigest>,
+    /// What the parent's point was announced to hold, and to lack, if the judge knew it.
+    pub expected: Option<(StateDigest, Ranges)>,
     /// The open branch; none while its host is down.
     pub branch: Option<Arc<Branch>>,
     /// What its user did, from the moment it was first seen.
     pub model: Option<Model>,
+    /// It has the disks that its point has.
+    disks_judged: bool,
     /// Requests that the product promised to keep.
     flushed: u64,
     /// Its own points.
@@ -67,13 +88,14 @@ pub enum Seen {
 
 impl Tenant {
     /// A branch that was ordered and is not open yet.
-    pub fn new(id: ChainId, parent: Position, expected: Option<StateDigest>, ends_at: u64) -> Tenant {
+    pub fn new(id: ChainId, parent: Position, expected: Option<(StateDigest, Ranges)>, ends_at: u64) -> Tenant {
         Tenant {
             id,
             parent,
             expected,
             branch: None,
             model: None,
+            disks_judged: false,
             flushed: 0,
             announced: AnnouncedPoints::new(),
             newest_label: PointTime(0),
@@ -114,12 +136,12 @@ impl Tenant {
         let Some(disks) = self.contents()? else { return Ok(Seen::Unreadable) };
         let found = digest_of(&disks);
         let Some(model) = &mut self.model else {
-            if let Some(expected) = self.expected
-                && expected != found
+            if let Some((expected, lacking)) = &self.expected
+                && *expected != digest_without(lacking, disks.iter().map(|(disk, bytes)| (*disk, &bytes[..])))
             {
                 return Err(format!("branch {} at {} does not begin as its point was announced", self.id, self.parent));
             }
-            self.expected = Some(found);
+            self.expected = Some((found, Ranges::default()));
             self.model = Some(Model::new(disks));
             return Ok(Seen::Right);
         };
@@ -189,6 +211,31 @@ impl Tenant {
         }
     }
 
+    /// Whether it has the disks that its point has, but for those that the point lacks altogether. Once, when it is open.
+    ///
+    /// # Errors
+    /// The broken promise.
+    pub fn judge_disks(&mut self, frames: &Arc<FrameSource>) -> Result<(), String> {
+        let Some(branch) = self.branch.as_ref().filter(|_| !self.disks_judged) else { return Ok(()) };
+        let history = ChainHistory::load(frames.store(), frames.keys(), self.parent.chain);
+        let history = history.map_err(|error| format!("the chain below branch {}: {error:?}", self.id))?;
+        let points = Points::new(frames.store(), frames.keys(), &history);
+        let hidden =
+            points.gaps().iter().filter(|gap| gap.hides(self.parent.sequence)).flat_map(|gap| match &gap.scope {
+                GapScope::Disks(disks) => disks.clone(),
+                _ => Vec::new(),
+            });
+        let hidden: Vec<DiskId> = hidden.collect();
+        let mut expected = sizes_at(&history, self.parent.sequence);
+        expected.retain(|(disk, size)| *size > 0 && !hidden.contains(disk));
+        let found: Vec<_> = branch.disks().iter().map(|known| (known.disk, known.size_bytes)).collect();
+        if found != expected {
+            return Err(format!("branch {} at {} has {found:?}, its point {expected:?}", self.id, self.parent));
+        }
+        self.disks_judged = true;
+        Ok(())
+    }
+
     /// Whether its user sees exactly what was written, and nothing of the parent or of other branches.
     ///
     /// # Errors
@@ -222,14 +269,18 @@ impl Tenant {
             if self.announced.contains_key(&cut.sequence) {
                 continue;
             }
-            let Some(state) = state_of(&view, model.sizes(), cut.sequence)? else { continue };
+            let lacking = lacking_at(&points, cut.sequence);
+            if !lacking.is_empty() {
+                return Err(format!("{cut:?} of branch {} lacks {lacking}, and nothing happened to it", self.id));
+            }
+            let Some(state) = state_of(&view, model.sizes(), cut.sequence, &lacking)? else { continue };
             if model.when(state).is_empty() {
                 return Err(format!("{cut:?} of branch {} was never a state of it", self.id));
             }
             self.newest_label = self.newest_label.max(cut.time);
-            self.announced.insert(cut.sequence, Announced { cut, state });
+            self.announced.insert(cut.sequence, Announced { cut, lacking, state });
         }
-        judge_some(&view, &points, &self.announced, model.sizes(), 1, rng)
+        judge_some(&view, (&points, &history), &self.announced, 1, rng)
     }
 }
 
@@ -243,26 +294,44 @@ fn digest_of(disks: &[(DiskId, Vec<u8>)]) -> StateDigest {
 /// The broken promise.
 pub fn judge_some(
     view: &ChainView,
-    points: &Points<'_>,
+    (points, history): (&Points<'_>, &ChainHistory),
     announced: &AnnouncedPoints,
-    sizes: Vec<(DiskId, u64)>,
     count: usize,
     rng: &mut Rng,
 ) -> Result<(), String> {
     for _ in 0..count.min(announced.len()) {
         let index = rng.below(announced.len() as u64) as usize;
-        let (sequence, point) = announced.iter().nth(index).expect("the index is in range");
-        if !points.is_openable(&point.cut) {
-            return Err(format!("{:?} was announced and can no longer be opened", point.cut));
-        }
-        if state_of(view, sizes.clone(), *sequence)? != Some(point.state) {
-            return Err(format!("{:?} was announced and has changed", point.cut));
-        }
+        let point = announced.values().nth(index).expect("the index is in range");
+        judge_again(view, (points, history), point)?;
     }
     Ok(())
 }
 
-/// What the disks hold at a position; none if the source could not read a sector.
+/// Judges an announced point again.
+///
+/// # Errors
+/// The broken promise.
+pub fn judge_again(
+    view: &ChainView,
+    (points, history): (&Points<'_>, &ChainHistory),
+    point: &Announced,
+) -> Result<(), String> {
+    let sequence = point.cut.sequence;
+    if !points.is_openable(&point.cut) {
+        let hiding: Vec<_> = points.gaps().iter().filter(|gap| gap.hides(sequence)).collect();
+        return Err(format!("{:?} was announced and can no longer be opened: {hiding:?}", point.cut));
+    }
+    let lacking = lacking_at(points, sequence);
+    if lacking != point.lacking {
+        return Err(format!("{:?} was announced as lacking {}, and lacks {lacking} now", point.cut, point.lacking));
+    }
+    if state_of(view, sizes_at(history, sequence), sequence, &lacking)? != Some(point.state) {
+        return Err(format!("{:?} was announced and has changed", point.cut));
+    }
+    Ok(())
+}
+
+/// What the disks hold at a position, without what is lacking there; none if the source could not read a sector.
 ///
 /// # Errors
 /// If stored data cannot be read.
@@ -270,6 +339,7 @@ pub fn state_of(
     view: &ChainView,
     sizes: Vec<(DiskId, u64)>,
     sequence: SequenceNumber,
+    lacking: &Ranges,
 ) -> Result<Option<StateDigest>, String> {
     let mut disks = Vec::new();
     for (disk, size) in sizes {
@@ -280,7 +350,7 @@ pub fn state_of(
             Err(error) => return Err(format!("{disk} at {sequence} cannot be read: {error:?}")),
         }
     }
-    Ok(Some(digest_of(&disks)))
+    Ok(Some(digest_without(lacking, disks.iter().map(|(disk, bytes)| (*disk, &bytes[..])))))
 }
 
 /// Whether an error is one that the world injected: trying again later is all that is asked for.

@@ -13,6 +13,7 @@ use sim::clock::{SimClock, TrueTime};
 use sim::files::SimFiles;
 use sim::link::connect;
 use sim::model::digest;
+use sim::planted::{Bug, IN_OUTAGES};
 use sim::rng::{Rng, SimEntropy};
 use sim::server::{JOURNAL_BYTES, MEMORY_BYTES, SEAL_BYTES, SimServer, WINDOW_BYTES};
 use sim::source::{Source, SourceShape};
@@ -85,7 +86,7 @@ struct Place {
 }
 
 impl Place {
-    fn new(seed: u64, shape: SourceShape) -> Place {
+    fn new(seed: u64, shape: SourceShape, bug: Option<Bug>) -> Place {
         let mut rng = Rng::new(seed);
         let time = TrueTime::default();
         let entropy: Arc<dyn Entropy> = Arc::new(SimEntropy::new(rng.fork()));
@@ -96,8 +97,8 @@ impl Place {
         let (unlocked, _) =
             Vault::create(dyn_store.clone(), "simulated", PassphraseCost::TRIVIAL, &entropy, &clock).expect("a vault");
         let keys = unlocked.grant_writer(WriterRole::ProcessServer, "A", &entropy, &clock).expect("a grant");
-        let source = Source::new(shape, &time, rng.fork(), None);
-        let server = SimServer::new("A", source.machine, dyn_store, &keys, &time, rng.fork(), None);
+        let source = Source::new(shape, &time, rng.fork(), bug);
+        let server = SimServer::new("A", source.machine, dyn_store, &keys, &time, rng.fork(), bug);
         Place { rng, time, source, server, store, unlocked }
     }
 
@@ -211,28 +212,30 @@ fn fill_the_journal(place: &mut Place) -> SequenceNumber {
     full.journaled
 }
 
+fn long_outage(seed: u64, bug: Option<Bug>) {
+    let mut place = Place::new(seed, small(), bug);
+    let journaled = fill_the_journal(&mut place);
+    place.away(false, false);
+    let generations = place.history().expect("a chain").generations.len();
+    place.ticks(5 * SECOND, 1);
+    place.wait_for("the vault is current again", Place::is_current);
+    let history = place.history().expect("a chain");
+    assert_eq!(history.generations.len(), generations, "nobody had to begin anew");
+    let lost = history.gaps().into_iter().filter(|gap| gap.after.0 > 0 && gap.after < journaled).count();
+    assert_eq!(lost, 0, "what was journaled lies before the gap");
+    let points = place.judge();
+    assert!(points > 8, "{points} points");
+}
+
 #[test]
 fn a_long_outage_fills_the_journal_and_no_more() {
-    for seed in 0..2 {
-        let mut place = Place::new(seed, small());
-        let journaled = fill_the_journal(&mut place);
-        place.away(false, false);
-        let generations = place.history().expect("a chain").generations.len();
-        place.ticks(5 * SECOND, 1);
-        place.wait_for("the vault is current again", Place::is_current);
-        let history = place.history().expect("a chain");
-        assert_eq!(history.generations.len(), generations, "nobody had to begin anew");
-        let lost = history.gaps().into_iter().filter(|gap| gap.after.0 > 0 && gap.after < journaled).count();
-        assert_eq!(lost, 0, "what was journaled lies before the gap");
-        let points = place.judge();
-        assert!(points > 8, "{points} points");
-    }
+    (0..2).for_each(|seed| long_outage(seed, None));
 }
 
 #[test]
 fn a_server_killed_in_an_outage_commits_what_its_full_journal_holds() {
     for seed in 2..4 {
-        let mut place = Place::new(seed, small());
+        let mut place = Place::new(seed, small(), None);
         let journaled = fill_the_journal(&mut place);
         if seed == 2 {
             place.server.kill()
@@ -253,11 +256,10 @@ fn a_server_killed_in_an_outage_commits_what_its_full_journal_holds() {
 }
 
 /// More than a sender may have under way, of bytes that nobody has yet.
-#[test]
-fn a_heal_waits_out_an_outage_and_gets_its_credit_back() {
+fn heal_in_an_outage(bug: Option<Bug>) {
     let disk_bytes = 44 << 20;
     let shape = SourceShape { disk_bytes: vec![disk_bytes], ring_bytes: 96 << 10, write_bytes_max: 4 << 20 };
-    let mut place = Place::new(4, shape);
+    let mut place = Place::new(4, shape, bug);
     place.source.start_agent();
     (0..60).for_each(|_| place.source.write_something());
     place.server.start();
@@ -275,9 +277,14 @@ fn a_heal_waits_out_an_outage_and_gets_its_credit_back() {
     place.judge();
 }
 
+#[test]
+fn a_heal_waits_out_an_outage_and_gets_its_credit_back() {
+    heal_in_an_outage(None);
+}
+
 /// A heal by hashes alone, with the vault unreadable for a while or not; how many bytes had to travel.
-fn sent_by_a_comparison(unreadable: bool) -> u64 {
-    let mut place = Place::new(5, small());
+fn sent_by_a_comparison(unreadable: bool, bug: Option<Bug>) -> u64 {
+    let mut place = Place::new(5, small(), bug);
     place.server.start();
     place.source.start_agent();
     place.wait_for("it is protected", Place::is_current);
@@ -304,7 +311,19 @@ fn sent_by_a_comparison(unreadable: bool) -> u64 {
 
 #[test]
 fn offers_wait_while_the_vault_cannot_be_read() {
-    let sent = sent_by_a_comparison(false);
+    let sent = sent_by_a_comparison(false, None);
     assert!(sent < 420 << 10, "hashes tell most of it: {sent}");
-    assert_eq!(sent_by_a_comparison(true), sent, "what could not be compared is not taken for different");
+    assert_eq!(sent_by_a_comparison(true, None), sent, "what could not be compared is not taken for different");
+}
+
+#[test]
+fn planted_faults_of_outages_are_noticed() {
+    for bug in IN_OUTAGES {
+        let live = || match bug {
+            Bug::CreditNotPaid => heal_in_an_outage(Some(bug)),
+            Bug::ComparedWithoutVault => drop(sent_by_a_comparison(true, Some(bug))),
+            _ => long_outage(0, Some(bug)),
+        };
+        assert!(std::panic::catch_unwind(live).is_err(), "{bug:?} passes for health");
+    }
 }

@@ -24,6 +24,7 @@ use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering, fence};
 
 use bytes::Bytes;
 use replication::codec::{DecodeError, Decoder, Encoder};
+use replication::geometry::LEAF_BYTES;
 use replication::limits::DISKS_MAX;
 use replication::maps::{DirtyMap, MAPS_BYTES_MAX, MapScale};
 use replication::{ByteRange, DiskGeometry, DiskId, Epoch, MachineId};
@@ -337,7 +338,11 @@ fn carry_over(old: &Old, now: &Attach<'_>) -> Adopted {
                 continuity = Continuity::Lost(reason);
             }
             None => {
-                lack(disk.disk, known.size_bytes, disk.size_bytes, "the disk has grown".to_owned());
+                // Heals move whole leaves: one that the old end divides is lacking as a whole until its heal has ended.
+                let whole_leaves = known.size_bytes / LEAF_BYTES * LEAF_BYTES;
+                if disk.size_bytes > known.size_bytes {
+                    lack(disk.disk, whole_leaves, disk.size_bytes, "the disk has grown".to_owned());
+                }
                 old.dirty(before).into_iter().for_each(|range| image.mark(index, range));
                 if let Some(grown) = ByteRange::between(known.size_bytes, disk.size_bytes) {
                     image.mark(index, grown);

@@ -142,7 +142,17 @@ impl Pipeline {
         content: HealContent,
         events: &mut Vec<Event>,
     ) {
+        let mut known = self.announced.iter().chain(&self.geometries);
+        let ends_the_disk = known.any(|known| known.disk == disk && known.size_bytes == range.end());
         let Some(sink) = self.heal.as_mut().filter(|sink| sink.heal == heal) else { return };
+        // An image can hold nothing else, but for a leaf that the disk's end divides.
+        let is_whole =
+            range.start.is_multiple_of(LEAF_BYTES) && (range.end().is_multiple_of(LEAF_BYTES) || ends_the_disk);
+        if !is_whole {
+            let reason = format!("{range} of {disk} is not made of whole leaves");
+            events.push(Event::HealFailed { heal, reason });
+            return;
+        }
         if let Err(error) = sink.take(disk, range, content) {
             // The builder keeps what it was given and stores it with its cut, which is tried until the store takes it; no
             // credit until then, so the sender waits once it has as much under way as it may.

@@ -6,6 +6,7 @@ use replication::cut::{Cut, CutKind};
 use replication::{ChainId, Position};
 use vault::{ChainHistory, Moment};
 
+use super::decision::LeftBehind;
 use super::failover::Failover;
 use super::{Fault, SECOND, STORMY_NS, World};
 use crate::branch_site::{BranchSite, Opening};
@@ -22,6 +23,7 @@ pub(super) struct Branches {
     pub(super) failover: Option<Failover>,
     /// Chains that the machine followed before, and their points.
     pub(super) past: Vec<(ChainId, AnnouncedPoints)>,
+    pub(super) left_behind: LeftBehind,
     pub(super) rng: Rng,
     pub(super) opened: u64,
     pub(super) returned: u64,
@@ -30,7 +32,16 @@ pub(super) struct Branches {
 
 impl Branches {
     pub(super) fn new(site: BranchSite, rng: Rng) -> Branches {
-        Branches { site, failover: None, past: Vec::new(), rng, opened: 0, returned: 0, next_judgement: 0 }
+        Branches {
+            site,
+            failover: None,
+            past: Vec::new(),
+            left_behind: LeftBehind::new(),
+            rng,
+            opened: 0,
+            returned: 0,
+            next_judgement: 0,
+        }
     }
 }
 
@@ -50,7 +61,12 @@ impl World {
         match draw {
             0..=7 => self.open_some_branch()?,
             // Late enough for points, early enough for coming home in the storm as well as after it.
-            8..=9 if !self.is_away() && self.time.now() > 60 * SECOND => self.lose_site()?,
+            8..=9 if !self.is_away() && !self.is_deciding() && !self.is_quiet() && self.time.now() > 60 * SECOND => {
+                self.lose_site()?
+            }
+            23..=24 if self.branches.site.tenants.len() < BRANCHES_MAX && self.time.now() > 30 * SECOND => {
+                self.begin_decision()?
+            }
             10..=16 if !self.branches.site.tenants.is_empty() => {
                 self.count(Fault::BranchKilled);
                 self.stop_coming_home();
@@ -96,6 +112,7 @@ impl World {
 
     fn judge_branches(&mut self) -> Result<(), String> {
         for tenant in &mut self.branches.site.tenants {
+            tenant.judge_disks(&self.frames)?;
             tenant.judge_head()?;
             tenant.judge_points(&self.frames, &mut self.branches.rng)?;
         }
@@ -105,12 +122,12 @@ impl World {
     /// The branches at the end of a life, and the chains that the machine left behind.
     pub(super) fn judge_branches_finally(&mut self) -> Result<(), String> {
         self.judge_branches()?;
-        let sizes: Vec<_> = self.source.sizes().collect();
         for (chain, announced) in &self.branches.past {
             let history = self.chain_history(*chain)?;
             let points = vault::Points::new(self.frames.store(), self.frames.keys(), &history);
             let view = recovery::view_of(&self.frames, &history).map_err(|error| format!("{error:?}"))?;
-            judge_some(&view, &points, announced, sizes.clone(), 20, &mut self.branches.rng)?;
+            judge_some(&view, (&points, &history), announced, 20, &mut self.branches.rng)?;
+            self.judge_left_behind(&history)?;
         }
         Ok(())
     }
@@ -148,7 +165,7 @@ impl World {
         };
         if let Some(moment) = some_moment(&announced, rng) {
             let ends_at = self.time.now() + 5 * SECOND + rng.below(50 * SECOND);
-            self.open_branch(chain, &moment, &announced, ends_at)?;
+            self.open_branch((chain, None), &moment, &announced, ends_at)?;
         }
         Ok(())
     }
@@ -156,14 +173,14 @@ impl World {
     /// Opens a branch and judges which point was chosen. The branch's index, unless it cannot be used.
     pub(super) fn open_branch(
         &mut self,
-        chain: ChainId,
+        (chain, id): (ChainId, Option<ChainId>),
         moment: &Moment,
         announced: &AnnouncedPoints,
         ends_at: u64,
     ) -> Result<Option<usize>, String> {
         let before = self.chain_history(chain)?;
-        let state = |sequence| announced.get(&sequence).map(|point| point.state);
-        let opening = self.branches.site.open(chain, moment, ends_at, state, self.time.now())?;
+        let state = |sequence| announced.get(&sequence).map(|point| (point.state, point.lacking.clone()));
+        let opening = self.branches.site.open((chain, id), moment, ends_at, state, self.time.now())?;
         let after = self.chain_history(chain)?;
         if before.head != after.head {
             return Err(format!("opening a branch at {moment:?} wrote to its parent {chain}"));

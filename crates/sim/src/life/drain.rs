@@ -1,12 +1,14 @@
-//! A planned move to the other server: the agent holds its stream until the old server has committed everything, then
-//! goes on at the new one. Nothing is lost and no gap opens, unless something else goes wrong meanwhile.
+//! What is planned, in quiet hours as well as in the storm: a move to the other server, for which the agent holds its
+//! stream until the old server has committed everything; and a restart of the agent in order. Nothing is lost and no gap
+//! opens, unless something else goes wrong meanwhile.
 
 use super::{Fault, SECOND, World};
+use crate::source::Maintenance;
 
 /// How long a move may wait for the old server's last commit.
 const PATIENCE_NS: u64 = 20 * SECOND;
-/// A move is judged by itself if nothing else happened this long before it: what a link that stalls may cause is in the
-/// vault by then.
+/// What is planned is judged by itself if nothing else happened this long before it: what a link that stalls may cause is
+/// in the vault by then.
 const QUIET_BEFORE_NS: u64 = 15 * SECOND;
 /// And this long after it.
 const QUIET_AFTER_NS: u64 = 5 * SECOND;
@@ -16,8 +18,23 @@ pub(super) struct Moving {
     since: u64,
 }
 
-/// A move that nothing else may have disturbed so far.
-pub(super) struct Moved {
+/// What is planned for a quiet hour.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Plan {
+    Move,
+    Restart,
+}
+
+/// An hour in which nothing happens by itself.
+pub(super) struct Quiet {
+    until: u64,
+    begins: u64,
+    plan: Option<Plan>,
+}
+
+/// Something planned that nothing else may have disturbed so far.
+pub(super) struct Planned {
+    what: Plan,
     at: u64,
     misfortunes: usize,
 }
@@ -28,16 +45,38 @@ impl World {
         self.moving.is_some()
     }
 
+    /// Whether nothing happens by itself now.
+    pub(super) fn is_quiet(&self) -> bool {
+        self.quiet.as_ref().is_some_and(|quiet| self.time.now() < quiet.until)
+    }
+
+    /// A quiet hour, with something in its middle.
+    pub(super) fn plan(&mut self, plan: Plan) {
+        let now = self.time.now();
+        if !self.is_away() && self.decision.is_none() && self.closed.is_none() {
+            let begins = now + QUIET_BEFORE_NS + SECOND;
+            self.quiet = Some(Quiet { until: begins + PATIENCE_NS, begins, plan: Some(plan) });
+        }
+    }
+
     pub(super) fn begin_move(&mut self) {
-        if self.moving.is_none() && self.source.is_plugged() && !self.is_away() {
+        if self.moving.is_none() && self.source.is_plugged() && self.source.is_in_service() && !self.is_away() {
             self.source.hold(true);
             self.moving = Some(Moving { since: self.time.now() });
         }
     }
 
-    pub(super) fn step_move(&mut self) {
-        let Some(moving) = &self.moving else { return };
+    pub(super) fn step_planned(&mut self) {
         let now = self.time.now();
+        if let Some(quiet) = self.quiet.as_mut().filter(|quiet| now >= quiet.begins)
+            && let Some(plan) = quiet.plan.take()
+        {
+            match plan {
+                Plan::Move => self.begin_move(),
+                Plan::Restart => drop(self.restart_agent(Maintenance::Nothing)),
+            }
+        }
+        let Some(moving) = &self.moving else { return };
         if self.source.is_plugged() && !self.source.is_drained() && now < moving.since + PATIENCE_NS {
             return;
         }
@@ -47,22 +86,41 @@ impl World {
             self.source.unplug();
             self.assigned = 1 - self.assigned;
             self.talked_to[self.assigned] = true;
-            let quiet = self.misfortunes.last().is_none_or(|last| last.at_ns + QUIET_BEFORE_NS < now);
-            self.moved = quiet.then_some(Moved { at: now, misfortunes: self.misfortunes.len() });
+            self.done_as_planned(Plan::Move);
         }
         self.source.hold(false);
     }
 
-    /// Judges the last move, given how many gaps were new.
-    pub(super) fn judge_move(&mut self, new_gaps: usize) -> Result<(), String> {
-        let Some(moved) = &self.moved else { return Ok(()) };
-        if moved.misfortunes < self.misfortunes.len() {
-            self.moved = None;
+    /// The agent ended in order; `whole` if the next one has nothing to heal.
+    pub(super) fn restarted_in_order(&mut self, whole: bool) {
+        if whole {
+            self.done_as_planned(Plan::Restart);
+        }
+    }
+
+    fn done_as_planned(&mut self, what: Plan) {
+        let now = self.time.now();
+        let quiet = self.misfortunes.last().is_none_or(|last| last.at_ns + QUIET_BEFORE_NS < now);
+        self.planned = quiet.then_some(Planned { what, at: now, misfortunes: self.misfortunes.len() });
+        if let Some(quiet) = &mut self.quiet {
+            quiet.until = quiet.until.min(now + QUIET_AFTER_NS + 8 * SECOND);
+        }
+    }
+
+    /// Judges what was planned last, given how many gaps were new.
+    pub(super) fn judge_planned(&mut self, new_gaps: usize) -> Result<(), String> {
+        let Some(planned) = &self.planned else { return Ok(()) };
+        let what = planned.what;
+        if planned.misfortunes < self.misfortunes.len() {
+            self.planned = None;
         } else if new_gaps > 0 {
-            return Err("a drained move opened a gap although nothing else happened".into());
-        } else if moved.at + QUIET_AFTER_NS < self.time.now() {
-            self.moved = None;
-            self.undisturbed_moves += 1;
+            return Err(format!("a {what:?} in order opened a gap although nothing else happened"));
+        } else if planned.at + QUIET_AFTER_NS < self.time.now() {
+            self.planned = None;
+            *match what {
+                Plan::Move => &mut self.undisturbed.moves,
+                Plan::Restart => &mut self.undisturbed.restarts,
+            } += 1;
         }
         Ok(())
     }

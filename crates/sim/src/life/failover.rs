@@ -53,7 +53,7 @@ fn config() -> FailbackConfig {
         reconnect_pause: Duration::from_millis(300),
         chunk_bytes: 64 << 10,
         proof: ProofScope::WrittenSince,
-        // The site was lost before anybody could close the machine's chain.
+        // Unless somebody failed the machine over before, nobody has closed its chain.
         succession: Succession::CloseHistory,
     }
 }
@@ -65,6 +65,12 @@ impl World {
         if self.announced.is_empty() {
             return Ok(());
         }
+        self.leave_for(None);
+        Ok(())
+    }
+
+    /// The machine ends where it is, to go on as this branch or as one that is still to be chosen.
+    pub(super) fn leave_for(&mut self, branch: Option<ChainId>) {
         self.count(Fault::SiteLost);
         // One gap when the machine leaves, one when it is back on another chain.
         self.may_open_gap(Fault::SiteLost);
@@ -77,8 +83,7 @@ impl World {
         let cut_over_at = home_at + self.branches.rng.below(40 * SECOND);
         let whole = digest_of(&home);
         self.branches.failover =
-            Some(Failover { branch: None, home, whole, home_at, cut_over_at, run: None, at_rest_since: None });
-        Ok(())
+            Some(Failover { branch, home, whole, home_at, cut_over_at, run: None, at_rest_since: None });
     }
 
     /// The process that sends home dies.
@@ -159,6 +164,10 @@ impl World {
             return Ok(());
         };
         let failover = self.branches.failover.as_mut().expect("it was just there");
+        // What the branch does not have was lost with the site.
+        if failover.home.fit(open.disks()) {
+            failover.whole = digest_of(&failover.home);
+        }
         failover.home.step()?;
         let mut run = match failover.run.take() {
             Some(run) => run,
@@ -199,7 +208,7 @@ impl World {
             }
             _ => Moment::Latest,
         };
-        let Some(index) = self.open_branch(chain, &moment, &announced, u64::MAX)? else { return Ok(()) };
+        let Some(index) = self.open_branch((chain, None), &moment, &announced, u64::MAX)? else { return Ok(()) };
         let tenant = &mut self.branches.site.tenants[index];
         tenant.is_failover = true;
         let failover = self.branches.failover.as_mut().expect("the site is lost");
@@ -235,10 +244,11 @@ impl World {
         self.newest_label = tenant.newest_label;
         self.tail = None;
         self.generations_seen = 0;
-        self.generations_seen = 0;
+        self.left_behind(tenant.parent.chain, tenant.id);
         // One gap when the machine leaves, one when it is back on another chain.
         self.may_open_gap(Fault::SiteLost);
         self.may_open_gap(Fault::SiteLost);
+        self.source.fit(&model.sizes());
         let unknown = self.unknown_bytes(tenant.id)?;
         self.source.come_home(model, unknown);
         self.trace.update(&tenant.id.0).update(&now.to_le_bytes());

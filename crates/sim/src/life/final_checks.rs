@@ -4,15 +4,18 @@ use std::collections::HashSet;
 use std::sync::Arc;
 
 use recovery::view_of;
+use replication::Ranges;
 use vault::view_source::{CacheBytes, FrameSource};
 use vault::{ChainHistory, Points, Store};
+
+use crate::tenant::{judge_again, sizes_at, state_of};
 
 use super::{Report, World};
 
 impl World {
     pub(super) fn is_healthy(&mut self) -> Result<bool, String> {
         let waiting = self.branches.site.tenants.iter().any(|tenant| tenant.branch.is_none());
-        if waiting || self.is_away() || !self.source.is_settled() {
+        if waiting || self.is_away() || self.is_deciding() || !self.source.is_settled() {
             return Ok(false);
         }
         let Some(history) = self.history()? else { return Ok(false) };
@@ -21,7 +24,8 @@ impl World {
         }
         let Some((last, _)) = history.last_cut() else { return Ok(false) };
         let view = view_of(&self.frames, &history).map_err(|error| format!("{error:?}"))?;
-        Ok(self.state_at(&view, last)? == Some(self.source.model.digest()) && last == history.through)
+        let state = state_of(&view, sizes_at(&history, last), last, &Ranges::default())?;
+        Ok(state == Some(self.source.model.digest()) && last == history.through)
     }
 
     pub(super) fn final_checks(&mut self) -> Result<Report, String> {
@@ -43,10 +47,7 @@ impl World {
         let frames = FrameSource::new(Arc::clone(&store), Arc::clone(&keys), CacheBytes::default());
         let view = view_of(&Arc::new(frames), &complete).map_err(|error| format!("{error:?}"))?;
         for announced in self.announced.values() {
-            let state = self.state_at(&view, announced.cut.sequence)?;
-            if !points.is_openable(&announced.cut) || state != Some(announced.state) {
-                return Err(format!("{:?} was announced and is not what it was", announced.cut));
-            }
+            judge_again(&view, (&points, &complete), announced)?;
         }
         self.judge_branches_finally()?;
         self.nonces_are_unique()?;
@@ -56,11 +57,12 @@ impl World {
         Ok(Report {
             faults: std::mem::take(&mut self.faults),
             points: self.announced.len() as u64,
+            partial_points: self.partial_points,
             gaps,
             manifests: complete.head.number,
             branches: self.branches.opened,
             returns: self.branches.returned,
-            undisturbed_moves: self.undisturbed_moves,
+            undisturbed: self.undisturbed,
             trace: u64::from_le_bytes(*trace.as_bytes().first_chunk().expect("a hash has 32 bytes")),
         })
     }

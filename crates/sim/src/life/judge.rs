@@ -3,14 +3,15 @@
 use std::sync::Arc;
 
 use recovery::view_of;
-use replication::SequenceNumber;
 use replication::cut::{Cut, PointTime};
+use replication::{Ranges, SequenceNumber};
 use vault::points::Which;
 use vault::view::ChainView;
-use vault::{ChainHistory, Points, Store};
+use vault::{ChainHistory, Moment, Points, Store};
 
 use crate::clock::START_WALL_NS;
-use crate::model::{StateDigest, digest};
+use crate::model::StateDigest;
+use crate::tenant::{judge_again, lacking_at, sizes_at, state_of};
 
 use super::{Announced, SECOND, World};
 
@@ -20,6 +21,7 @@ impl World {
         let Some(history) = self.history()? else { return Ok(()) };
         self.judge_gaps(&history)?;
         self.judge_writers(&history)?;
+        self.judge_standing(&history)?;
         let store: Arc<dyn Store> = self.store.clone();
         let keys = Arc::clone(self.unlocked.keys());
         let points = Points::new(&store, &keys, &history);
@@ -32,32 +34,46 @@ impl World {
             if self.announced.contains_key(&cut.sequence) || !points.is_openable(&cut) {
                 continue;
             }
-            // A point that lacks ranges is labelled so: the model knows only whole states.
-            if points.gaps().iter().any(|gap| gap.hides(cut.sequence)) {
-                continue;
-            }
+            let lacking = lacking_at(&points, cut.sequence);
             // A point with an unreadable sector is labelled so; what it holds elsewhere is judged at the next one.
-            let Some(state) = self.state_at(&view, cut.sequence)? else { continue };
-            self.judge_point(&cut, state)?;
+            let state = state_of(&view, sizes_at(&history, cut.sequence), cut.sequence, &lacking)?;
+            let Some(state) = state else { continue };
+            self.judge_point(&cut, &lacking, state)?;
+            if !lacking.is_empty() {
+                self.judge_label(&points, &cut, &lacking)?;
+                self.partial_points += 1;
+            }
             self.newest_label = self.newest_label.max(cut.time);
-            self.trace.update(&cut.sequence.0.to_le_bytes());
-            self.announced.insert(cut.sequence, Announced { cut, state });
+            self.trace.update(&cut.sequence.0.to_le_bytes()).update(&[u8::from(lacking.is_empty())]);
+            self.announced.insert(cut.sequence, Announced { cut, lacking, state });
         }
-        self.judge_old_points(&view, &points)
+        self.judge_old_points(&view, &points, &history)
     }
 
-    fn judge_point(&mut self, cut: &Cut, state: StateDigest) -> Result<(), String> {
-        let known = self.source.model.when(state);
-        if known.is_empty() {
+    /// Whoever chooses this point is told what it lacks, and it lacks nothing to which nothing happened.
+    fn judge_label(&self, points: &Points<'_>, cut: &Cut, lacking: &Ranges) -> Result<(), String> {
+        let chosen = points.resolve(&Moment::Sequence(cut.sequence)).map_err(|error| format!("{cut:?}: {error:?}"))?;
+        let told: Vec<_> = chosen.lacking.iter().map(|gap| (gap.after, gap.until)).collect();
+        let hiding = points.gaps().iter().filter(|gap| gap.hides(cut.sequence));
+        if chosen.cut != *cut || told != hiding.map(|gap| (gap.after, gap.until)).collect::<Vec<_>>() {
+            return Err(format!("{cut:?} lacks {lacking}, and who chooses it is told of {:?}", chosen.lacking));
+        }
+        Ok(())
+    }
+
+    /// What a point does not lack is a state that the machine was in.
+    fn judge_point(&mut self, cut: &Cut, lacking: &Ranges, state: StateDigest) -> Result<(), String> {
+        let Some(known) = self.source.model.when_without(lacking, state) else {
             if std::env::var_os("FARSHORE_SIM_TRACE").is_some() {
                 self.explain(cut.sequence);
             }
-            return Err(format!("{cut:?} was never a state of the machine"));
-        }
+            let but = if lacking.is_empty() { String::new() } else { format!(", even without {lacking}") };
+            return Err(format!("{cut:?} was never a state of the machine{but}"));
+        };
         // With honest clocks a label tells the truth: everything before it is included, nothing from after it.
         if !self.wall_errors {
             let label = cut.time.0.saturating_sub(START_WALL_NS);
-            let newest = known.iter().map(|state| state.requests).max().unwrap_or(0);
+            let newest = known.requests;
             // A hello that waited for a sleeping server makes the offset too large until the first proof arrives.
             let slack = 45 * SECOND;
             let oldest_needed = self.source.model.requests_before(label.saturating_sub(slack));
@@ -118,33 +134,17 @@ impl World {
     }
 
     /// Announced points are for ever: one of them, at random, each time.
-    fn judge_old_points(&mut self, view: &ChainView, points: &Points<'_>) -> Result<(), String> {
+    fn judge_old_points(
+        &mut self,
+        view: &ChainView,
+        points: &Points<'_>,
+        history: &ChainHistory,
+    ) -> Result<(), String> {
         if self.announced.is_empty() {
             return Ok(());
         }
         let index = self.rng.below(self.announced.len() as u64) as usize;
-        let (sequence, announced) = self.announced.iter().nth(index).expect("the index is in range");
-        if !points.is_openable(&announced.cut) {
-            let hiding: Vec<_> = points.gaps().iter().filter(|gap| gap.hides(announced.cut.sequence)).collect();
-            return Err(format!("{:?} was announced and can no longer be opened: {hiding:?}", announced.cut));
-        }
-        let state = self.state_at(view, *sequence)?;
-        if state != Some(announced.state) {
-            return Err(format!("{:?} was announced and has changed", announced.cut));
-        }
-        Ok(())
-    }
-
-    pub(super) fn state_at(&self, view: &ChainView, sequence: SequenceNumber) -> Result<Option<StateDigest>, String> {
-        let mut disks = Vec::new();
-        for (disk, size) in self.source.sizes() {
-            let mut bytes = vec![0; size as usize];
-            match view.read(sequence, disk, 0, &mut bytes) {
-                Ok(()) => disks.push((disk, bytes)),
-                Err(vault::view::ReadError::Unreadable { .. }) => return Ok(None),
-                Err(error) => return Err(format!("{disk} at {sequence} cannot be read: {error:?}")),
-            }
-        }
-        Ok(Some(digest(disks.iter().map(|(disk, bytes)| (*disk, &bytes[..])))))
+        let announced = self.announced.values().nth(index).expect("the index is in range");
+        judge_again(view, (points, history), announced)
     }
 }

@@ -4,6 +4,7 @@ use vault::Store;
 
 use crate::files::PowerCut;
 
+use super::drain::Plan;
 use super::{Fault, SECOND, World};
 
 impl World {
@@ -11,7 +12,7 @@ impl World {
     pub(super) fn misfortune(&mut self) {
         let draw = self.rng.below(6000);
         // What befalls the machine needs a machine.
-        if self.is_away() && matches!(draw, 0..=52 | 77..=79) {
+        if self.is_quiet() || self.is_away() && matches!(draw, 0..=52 | 77..=79 | 84..=90) {
             return;
         }
         match draw {
@@ -35,14 +36,14 @@ impl World {
                 self.source.power_cut();
             }
             47..=48 => self.revert_source(),
-            49..=51 => {
+            49..=51 if self.source.is_in_service() => {
                 self.strike(Fault::WriteFailed);
                 self.source.fail_a_write();
                 // What a failed write left is for nobody to say, so no other write may follow before the agent has seen
                 // it: the model knows one answer only.
                 self.source.step();
             }
-            52 => {
+            52 if self.source.is_in_service() => {
                 self.count(Fault::SectorUnreadable);
                 self.source.break_sector();
             }
@@ -90,13 +91,16 @@ impl World {
                 self.source.clock.set_wall_error(error);
             }
             80..=83 => self.begin_move(),
+            84 => self.plan(Plan::Move),
+            85 => self.plan(Plan::Restart),
+            86..=90 => self.begin_maintenance(),
             78..=79 => self.snapshot = Some(self.source.snapshot()),
             _ => {}
         }
     }
 
     /// Counts a fault that may cost continuity.
-    fn strike(&mut self, fault: Fault) {
+    pub(super) fn strike(&mut self, fault: Fault) {
         self.count(fault);
         self.may_open_gap(fault);
     }

@@ -23,7 +23,21 @@ faults! {
     LinkLost, LinkStalled, AgentKilled, SourcePowerCut, SourceReverted, WriteFailed, SectorUnreadable, RingOverflow,
     ServerKilled, ServerPowerCut, ServerLost, ServerSuspended, MovedByForce, VaultPowerCut, StoreRefused, AnswerLost,
     Garbage, SourceClockJump, ServerClockJump, NameTaken, BranchKilled, BranchPowerCut, SiteLost, HomeKilled,
-    HomePowerCut, HomeLinkLost, HomeLinkStalled, StaleWriterFenced, MovedDrained,
+    HomePowerCut, HomeLinkLost, HomeLinkStalled, StaleWriterFenced, MovedDrained, AgentRestarted, DiskAdded, DiskGrown,
+    DiskUsedMeanwhile, FailoverClosed, FailoverCancelled, FailoverCommitted,
+    /// A server could not open a generation, or does not know that it has.
+    OpeningFailed,
+    /// The ring was seen to overflow.
+    RingBroke,
+}
+
+/// What was planned, with nothing else around it that could have opened a gap: none may open.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Undisturbed {
+    /// Drained moves to the other server.
+    pub moves: u64,
+    /// Restarts of the agent in order.
+    pub restarts: u64,
 }
 
 /// What a run saw.
@@ -33,6 +47,8 @@ pub struct Report {
     pub faults: BTreeMap<Fault, u64>,
     /// Points announced and judged.
     pub points: u64,
+    /// Those among them that lack ranges, and say so.
+    pub partial_points: u64,
     /// Gaps recorded.
     pub gaps: u64,
     /// Manifests committed.
@@ -41,8 +57,8 @@ pub struct Report {
     pub branches: u64,
     /// How often the machine came home from a branch.
     pub returns: u64,
-    /// Drained moves with nothing else around them that could have opened a gap.
-    pub undisturbed_moves: u64,
+    /// What was planned and had nothing else around it that could have opened a gap.
+    pub undisturbed: Undisturbed,
     /// Digest of everything that happened: equal for equal seeds.
     pub trace: u64,
 }
@@ -54,9 +70,11 @@ impl Report {
             *self.faults.entry(*fault).or_default() += count;
         }
         self.points += other.points;
+        self.partial_points += other.partial_points;
         self.gaps += other.gaps;
         self.manifests += other.manifests;
-        self.undisturbed_moves += other.undisturbed_moves;
+        self.undisturbed.moves += other.undisturbed.moves;
+        self.undisturbed.restarts += other.undisturbed.restarts;
         self.branches += other.branches;
         self.returns += other.returns;
     }
