@@ -220,7 +220,7 @@ pub(crate) fn run(options: &Options) -> Result<bool> {
     }
     let workspace = Workspace::load()?;
     let permission = if options.no_install { Permission::Never } else { Permission::Ask };
-    components::provide(components::FOR_BENCHMARKS, permission)?;
+    components::provide(components::FOR_BENCHMARKS, permission, &workspace.target)?;
     // A directory of our own even below the given one: it is removed at the end.
     let base = options.scratch.as_ref().unwrap_or(&workspace.target).join("farshore-bench");
     fs::create_dir_all(&base).with_context(|| format!("cannot create {}", base.display()))?;

@@ -3,10 +3,12 @@
 //! missing are asked for, with the options that refuse the rest.
 
 use std::io::{IsTerminal, Write};
+use std::path::Path;
 use std::process::Command;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 
+use crate::apt;
 use crate::process::{self, find_program};
 
 /// A program and the package that has it. Where distributions moved it, several packages are tried in turn.
@@ -56,6 +58,10 @@ pub(crate) const FOR_TESTS: &[Component] = &[
     component("python3", &["python3"], &["python3"], &["python3"], &["python"]),
     component("clang", &["clang"], &["clang"], &["clang"], &["clang"]),
     component("llvm-strip", &["llvm"], &["llvm"], &["llvm"], &["llvm"]),
+    component("qemu-system-x86_64", &["qemu-system-x86"], &["qemu-system-x86-core"], &["qemu-x86"], &["qemu-system-x86"]),
+    component("busybox", &["busybox-static"], &["busybox"], &["busybox-static"], &["busybox"]),
+    component("initdb", &["postgresql"], &["postgresql-server"], &["postgresql-server"], &["postgresql"]),
+    component("pgbench", &["postgresql"], &["postgresql-contrib"], &["postgresql-contrib"], &["postgresql"]),
     component("losetup", &["mount"], &["util-linux"], &["util-linux"], &["util-linux"]),
 ];
 
@@ -88,7 +94,9 @@ pub(crate) enum Permission {
 
 /// Says which of `wanted` are missing and installs them as far as permitted. Missing programs are no error here when
 /// nothing may be installed: what needs them says `SKIPPED`.
-pub(crate) fn provide(wanted: &[Component], permission: Permission) -> Result<()> {
+///
+/// Package lists that are not the machine's own are kept in `folder`.
+pub(crate) fn provide(wanted: &[Component], permission: Permission, folder: &Path) -> Result<()> {
     let lacking = missing(wanted);
     if lacking.is_empty() {
         println!("all {} programs are here", wanted.len());
@@ -121,6 +129,23 @@ pub(crate) fn provide(wanted: &[Component], permission: Permission) -> Result<()
                 Err(error) => println!("notice: {error:#}"),
                 Ok(()) => {}
             }
+        }
+        // One package that does not fit beside what is here keeps out the others that are asked for with it.
+        if packages.len() > 1 {
+            for package in packages_of(&missing(wanted), manager, round) {
+                let (mut install, _) = manager.commands(&[package], root).pop().context("a manager has a command")?;
+                if let Err(error) = process::run(&mut install) {
+                    println!("warning: {error:#}");
+                }
+            }
+        }
+    }
+    if manager == Manager::Apt && root {
+        let packages = packages_of(&missing(wanted), manager, 0);
+        if !packages.is_empty()
+            && let Err(error) = apt::install_backports(&packages, folder)
+        {
+            println!("warning: {error:#}");
         }
     }
     let lacking = missing(wanted);

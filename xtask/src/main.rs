@@ -6,10 +6,12 @@
 //! * `bpf`: builds the capture programs, after a change of their source.
 //! * `bench`: Farshore beside its peers, on the same disk, in the same run.
 
+mod apt;
 mod bench;
 mod bpf;
 mod components;
 mod fuzz;
+mod kernels;
 mod process;
 mod skips;
 mod stages;

@@ -17,10 +17,15 @@ use rustix::process::{Pid, WaitId, WaitIdOptions, waitid};
 /// How often the memory of a measured process is looked at.
 const SAMPLE_INTERVAL: Duration = Duration::from_millis(20);
 
-/// What `PATH` is for every child: ordinary users often lack the directories in which `mke2fs` and `e2fsck` are.
+/// What `PATH` is for every child: ordinary users often lack the directories in which `mke2fs` and `e2fsck` are, and Debian
+/// keeps PostgreSQL's programs in one of their own.
 pub(crate) fn search_path() -> OsString {
     let mut path = std::env::var_os("PATH").unwrap_or_default();
     path.push(":/usr/local/sbin:/usr/sbin:/sbin");
+    for version in fs::read_dir("/usr/lib/postgresql").into_iter().flatten().flatten() {
+        path.push(":");
+        path.push(version.path().join("bin"));
+    }
     path
 }
 

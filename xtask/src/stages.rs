@@ -13,6 +13,7 @@ use anyhow::{Context, Result, bail, ensure};
 
 use crate::bpf;
 use crate::components::{self, Permission};
+use crate::kernels;
 use crate::process::{self, find_program, run_watching};
 use crate::skips::{self, AllowList};
 use crate::tidy;
@@ -93,6 +94,7 @@ const STAGES: &[Stage] = &[
     stage("clippy", "no lint complains", clippy_stage),
     Stage { gate: true, ..stage("build", "everything builds, tests included", build_stage) },
     stage("tests", "unit, property, golden and process tests", tests_stage),
+    Stage { slow: true, ..stage("kernels", "the capture's tests in guests with other kernels", kernels_stage) },
     stage("doctests", "examples in the documentation", doctests_stage),
     Stage { slow: true, gate: true, ..stage("release", "the programs, optimized", release_stage) },
     Stage { slow: true, ..stage("sim", "seeded simulation of the whole product", simulation_stage) },
@@ -122,6 +124,7 @@ impl Session {
     fn command(&self, mut command: Command) -> Command {
         command.current_dir(&self.workspace.root);
         command.env(skips::LOG_VARIABLE, &self.skip_log).env("FARSHORE_SEEDS", self.seeds.to_string());
+        command.env("FARSHORE_KERNELS", kernels::folder(&self.workspace.target));
         command
     }
 
@@ -258,7 +261,14 @@ fn components_stage(session: &Session) -> Result<Outcome> {
         (false, true) => Permission::Install,
         (false, false) => Permission::Ask,
     };
-    components::provide(components::FOR_TESTS, permission)?;
+    components::provide(components::FOR_TESTS, permission, &session.workspace.target)?;
+    if kernels::unable().is_none() {
+        for series in kernels::SERIES {
+            if let Err(error) = kernels::fetch(series, &session.workspace.target) {
+                println!("notice: no kernel {}: {error:#}", series.name);
+            }
+        }
+    }
     if find_program("cargo-nextest").is_some() || has_nextest() {
         println!("cargo-nextest is here");
     } else if permission == Permission::Never {
@@ -326,6 +336,34 @@ fn tests_stage(session: &Session) -> Result<Outcome> {
     }
     // The tests' failure says more than a missing report.
     outcome.and(printed)?;
+    Ok(Outcome::Passed)
+}
+
+fn kernels_stage(session: &Session) -> Result<Outcome> {
+    if let Some(why) = kernels::unable() {
+        return Ok(session.skip(format!("kernels: {why}")));
+    }
+    let programs = kernels::test_programs(session.cargo(&[]))?;
+    let mut failed = Vec::new();
+    for series in kernels::SERIES {
+        let kernel = match kernels::fetch(series, &session.workspace.target) {
+            Ok(kernel) => kernel,
+            Err(error) => {
+                session.skip(format!("no kernel {}: {error:#}", series.name));
+                continue;
+            }
+        };
+        let began = Instant::now();
+        match kernels::run(&kernel, &programs, &session.workspace.target) {
+            Ok(outcome) => {
+                let took = began.elapsed().as_secs_f64();
+                println!("Linux {}: {} tests passed, {took:.0} s", kernel.release, outcome.passed);
+                session.note(outcome.skips.iter().map(|skip| format!("kernel {}: {skip}", series.name)));
+            }
+            Err(error) => failed.push(format!("Linux {}: {error:#}", kernel.release)),
+        }
+    }
+    ensure!(failed.is_empty(), "{}", failed.join("; "));
     Ok(Outcome::Passed)
 }
 

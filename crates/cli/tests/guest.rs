@@ -1,0 +1,215 @@
+//! A machine whose root disk is protected while it runs from it: an emulated guest with a kernel of the distribution, the
+//! agent inside, capture by eBPF, the server outside. It loses its agent, its power, its ring, is shut down and started again;
+//! points of all these times are exported, checked and read against the ledger that the guest kept, and at last the
+//! machine starts from a branch.
+
+#![cfg(all(target_os = "linux", target_arch = "x86_64"))]
+#![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
+
+#[path = "field/machine.rs"]
+mod machine;
+#[path = "field/site.rs"]
+mod site;
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+use machine::{Hardware, Machine, PATIENCE};
+use site::{AGENT, Site, done, skip, start};
+
+const DISK_BYTES: u64 = 192 << 20;
+const DATA_BYTES: u64 = 48 << 20;
+/// Small, so that a burst of writes overflows it.
+const RING_BYTES: u64 = 8 << 20;
+
+/// The agent in the guest.
+trait Guest {
+    fn start_agent(&mut self);
+    fn status(&mut self) -> Option<Value>;
+    fn wait_protected(&mut self) -> Value;
+    fn start_load(&mut self);
+    fn mark(&mut self, points: &mut Vec<Point>);
+}
+
+/// A marker of the guest's: everything up to this number was synced before.
+struct Point {
+    name: String,
+    synced: u64,
+}
+
+impl Guest for Machine {
+    fn start_agent(&mut self) {
+        self.run("setsid farshore-agent run --config /agent.toml </dev/null >>/tmp/agent.log 2>&1 &");
+    }
+
+    fn status(&mut self) -> Option<Value> {
+        let (code, said) = self.ask("farshore-agent --json status --config /agent.toml 2>/dev/null");
+        if code == 0 { serde_json::from_str(said.trim()).ok() } else { None }
+    }
+
+    /// The status of an agent that streams everything.
+    fn wait_protected(&mut self) -> Value {
+        let began = Instant::now();
+        loop {
+            let status = self.status();
+            if let Some(status) = status.as_ref().filter(|status| status["state"] == "protected") {
+                return status.clone();
+            }
+            if began.elapsed() > PATIENCE {
+                panic!("not protected: {status:?}\n{}", self.ask("tail -n 30 /tmp/agent.log").1);
+            }
+            std::thread::sleep(Duration::from_millis(200));
+        }
+    }
+
+    fn start_load(&mut self) {
+        self.run("rm -f /tmp/stop; setsid load </dev/null >/dev/null 2>&1 &");
+        self.run("until [ -e /tmp/synced ]; do sleep 0.1; done");
+    }
+
+    fn mark(&mut self, points: &mut Vec<Point>) {
+        let synced = self.run("cat /tmp/synced").trim().parse().expect("a number of the ledger");
+        let name = format!("point-{}", points.len());
+        self.run(&format!("farshore-agent mark {name} --wait-s 60 --config /agent.toml"));
+        points.push(Point { name, synced });
+    }
+}
+
+/// Exports the point and checks file system and ledger; how many numbers it holds.
+fn prove(site: &Site, point: &Point) -> u64 {
+    let image = site.path("export.raw");
+    let _ = fs::remove_file(&image);
+    site.with_key(&["branch", "export", "--at", &point.name, "--disk", "0", "--to", &image.display().to_string()]);
+    // As a start after a power cut does it: the journal first, and then nothing may be left to repair.
+    let replay = Command::new("e2fsck").args(["-p", "-E", "journal_only"]).arg(&image).output().unwrap();
+    assert!(replay.status.code().is_some_and(|code| code < 4), "{}: {replay:?}", point.name);
+    let check = Command::new("e2fsck").arg("-fn").arg(&image).output().unwrap();
+    assert!(check.status.success(), "{}: {}", point.name, String::from_utf8_lossy(&check.stdout));
+    let ledger = done(Command::new("debugfs").args(["-R", "cat /ledger"]).arg(&image));
+    let numbers: Vec<u64> = ledger.lines().map(|line| line.parse().expect("numbers only")).collect();
+    assert!(numbers.iter().enumerate().all(|(index, number)| index as u64 == *number), "{}: {ledger}", point.name);
+    let last = *numbers.last().unwrap();
+    assert!(last >= point.synced, "{} holds {last}, but {} was synced before", point.name, point.synced);
+    last
+}
+
+fn equal(a: &Path, b: &Path) -> bool {
+    fs::read(a).unwrap() == fs::read(b).unwrap()
+}
+
+#[test]
+fn a_guest_with_a_protected_root_disk_loses_nothing_and_starts_again_from_a_branch() {
+    let kernel = match machine::kernel() {
+        Ok(kernel) => kernel,
+        Err(why) => return skip("a_guest_with_a_protected_root_disk", &why),
+    };
+    let folder = tempfile::Builder::new().prefix("fs").tempdir().unwrap();
+    let site = Site { folder: folder.path().to_owned() };
+    // The guest's network has this machine at its gateway's address.
+    let (server, token) = site.make("10.0.2.2");
+    let (disk, initramfs) = (site.path("disk.raw"), site.path("initramfs"));
+    let image = machine::make_initramfs(folder.path(), &kernel, &initramfs);
+    let config = format!(
+        "state_dir = \"/var/farshore\"\nmachine_name = \"guest\"\nring_bytes_max = {RING_BYTES}\nrotate_every_ms = 2000\n\
+         [[disk]]\nname = \"root\"\npath = \"/dev/vda\"\ncapture = \"ebpf\"\n"
+    );
+    let size = format!("{}M", DISK_BYTES >> 20);
+    machine::make_disk(folder.path(), &disk, &size, Path::new(AGENT), &[("agent.toml", &config), ("token", &token)]);
+    let data = site.path("data.raw");
+    machine::make_data_disk(&data, &format!("{}M", DATA_BYTES >> 20));
+    let (place, more) = (disk.display().to_string(), [data.clone()]);
+    let boot = |disk: &str| {
+        Machine::boot(&Hardware { folder: folder.path(), kernel: &image, initramfs: &initramfs, disk, more: &more })
+    };
+    let mut points = Vec::new();
+    let mut told = Vec::new();
+    let sent = |status: &Value| status["heal"]["sent_bytes"].as_u64().unwrap();
+
+    // Initial replication while the root file system is in use.
+    let mut guest = boot(&place);
+    guest.run("farshore-agent join --token-file /token --state-dir /var/farshore --name guest");
+    guest.start_load();
+    guest.start_agent();
+    let first = guest.wait_protected();
+    told.push(format!("initial replication of {} MiB: {} bytes sent", DISK_BYTES >> 20, sent(&first)));
+    for _ in 0..2 {
+        guest.mark(&mut points);
+    }
+
+    // The agent dies. Its programs live on in the kernel.
+    let gaps = site.gaps();
+    guest.run("kill -9 $(pidof farshore-agent)");
+    guest.start_agent();
+    let status = guest.wait_protected();
+    guest.mark(&mut points);
+    assert_eq!(sent(&status), 0, "the ring and the stream go on");
+    assert_eq!(site.gaps(), gaps, "a killed agent costs no gap");
+
+    // More than the ring holds at once.
+    guest.run("dd if=/dev/urandom of=/burst bs=1M count=48 2>/dev/null; sync");
+    let status = guest.wait_protected();
+    guest.mark(&mut points);
+    assert!(site.gaps() > gaps, "an overflow is a recorded gap");
+    told.push(format!("overflow: {} bytes sent by the heal", sent(&status)));
+
+    // An orderly restart of the machine.
+    guest.run("farshore-agent stop --config /agent.toml");
+    guest.shut_down();
+    let mut guest = boot(&place);
+    guest.start_load();
+    guest.start_agent();
+    let status = guest.wait_protected();
+    guest.mark(&mut points);
+    assert!(sent(&status) < sent(&first) / 2, "only what differs travels: {status}");
+    told.push(format!("restart: {} bytes sent", sent(&status)));
+
+    // The power fails under load.
+    guest.cut_power();
+    let mut guest = boot(&place);
+    guest.start_load();
+    guest.start_agent();
+    let status = guest.wait_protected();
+    guest.mark(&mut points);
+    assert!(sent(&status) < sent(&first) / 2, "only what differs travels: {status}");
+    told.push(format!("power cut: {} bytes sent", sent(&status)));
+
+    // A second disk is protected from now on.
+    let both = format!("{config}[[disk]]\nname = \"data\"\npath = \"/dev/vdb\"\ncapture = \"ebpf\"\n");
+    guest.run("farshore-agent stop --config /agent.toml");
+    guest.run(&format!("cat > /agent.toml <<'end'\n{both}end"));
+    guest.start_agent();
+    let status = guest.wait_protected();
+    guest.mark(&mut points);
+    told.push(format!("second disk of {} MiB: {} bytes sent", DATA_BYTES >> 20, sent(&status)));
+
+    // Once nothing writes to it any more, the replica is that disk.
+    guest.run("touch /tmp/stop; while pidof load; do sleep 0.1; done; umount /data");
+    guest.mark(&mut points);
+    guest.cut_power();
+    let held: Vec<u64> = points.iter().map(|point| prove(&site, point)).collect();
+    assert!(held.is_sorted(), "{held:?}");
+    let last = &points[points.len() - 1].name;
+    site.with_key(&["branch", "export", "--at", last, "--disk", "1", "--to", &site.at("data.export")]);
+    assert!(equal(&site.path("data.export"), &data), "the replica of the second disk is not what the disk is");
+
+    // The machine starts from a branch of its own history.
+    let point = &points[points.len() / 2];
+    let state = site.at("branches");
+    let (vault, key) = (site.at("vault"), site.at("key"));
+    let words = ["branch", "open", "--at", &point.name, "--name", "drill", "--state-dir", &state];
+    let opening = ["--vault", &vault, "--recovery-key-file", &key];
+    let (branch, open) = start(&site, &[&words[..], &opening].concat(), "open");
+    let mut recovered = boot(open["disks"][0]["uri"].as_str().unwrap());
+    let last: u64 = recovered.run("tail -n 1 /ledger").trim().parse().unwrap();
+    assert_eq!(last, held[points.len() / 2], "the recovered machine has its ledger");
+    recovered.start_load();
+    recovered.shut_down();
+    drop((branch, server));
+    for line in told {
+        println!("{line}");
+    }
+}
