@@ -348,11 +348,7 @@ fn accept(
 }
 
 /// The identity that a grant of an authority that is trusted gives `key`.
-pub(crate) fn checked(
-    grant: JoinGrant,
-    key: PrivateKey,
-    clock: &Arc<dyn Clock>,
-) -> Result<LinkIdentity, JoinError> {
+pub(crate) fn checked(grant: JoinGrant, key: PrivateKey, clock: &Arc<dyn Clock>) -> Result<LinkIdentity, JoinError> {
     let trust = Trust::new(grant.authority.clone(), clock.clone(), DenyList::default());
     let peer = trust
         .check(&grant.certificate, Side::Client)

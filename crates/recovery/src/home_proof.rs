@@ -278,7 +278,7 @@ impl Established {
         let mut read_bytes = 0;
         let unknown: Vec<std::ops::Range<u64>> = match &self.parts[index].known {
             Known::Everything => Vec::new(),
-            Known::Nothing => vec![0..leaves],
+            Known::Nothing => runs(0..leaves, |_| true),
             Known::Leaves(counted) => runs(0..leaves, |place| !counted.has(place)),
         };
         let mut added = LeafSum::default();

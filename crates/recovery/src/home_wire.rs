@@ -89,6 +89,7 @@ impl HomeMessage {
 }
 
 /// A frame as either side reads it.
+#[expect(clippy::large_enum_variant, reason = "lives for a moment; a box would cost an allocation a message")]
 pub(crate) enum Said {
     Home(HomeMessage),
     Replication(Message),

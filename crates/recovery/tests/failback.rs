@@ -356,7 +356,11 @@ fn another_process_fails_back_through_the_control_socket() {
     let answer = client.ask(&order(HomeAddress::Here, &orders)).unwrap();
     assert!(answer.ok);
     let destination = answer.destination.expect("it runs");
-    assert_eq!((destination.home, destination.disks), (HomeAddress::Here, orders.clone()), "whoever comes later is told");
+    assert_eq!(
+        (destination.home, destination.disks),
+        (HomeAddress::Here, orders.clone()),
+        "whoever comes later is told"
+    );
     assert!(client.ask(&Command::CutOver).unwrap().ok);
     assert!(!client.ask(&Command::Discard).unwrap().ok, "not while it is being brought home");
     while !server.is_over() {

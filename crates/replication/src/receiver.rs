@@ -205,6 +205,7 @@ pub enum Event {
 /// What to do.
 #[derive(Debug, PartialEq, Eq)]
 #[allow(missing_docs)]
+#[expect(clippy::large_enum_variant, reason = "lives for a moment; a box would cost an allocation a message")]
 pub enum Action {
     Send(Message),
     /// Make these durable, in order; their times are point times. `hash` is the stream's after the last of them.

@@ -121,7 +121,10 @@ impl Failback {
         let place = self.master_target.as_ref().map_or(String::new(), |address| format!(" at {address}"));
         confirm(output, &format!("everything on {}{place} will be overwritten", shown(&disks)))?;
         if self.close_history {
-            confirm(output, "the machine's own history will be closed: what it wrote since the branch began is left behind")?;
+            confirm(
+                output,
+                "the machine's own history will be closed: what it wrote since the branch began is left behind",
+            )?;
         }
         let proof = if self.prove_whole { ProofScope::Whole } else { ProofScope::WrittenSince };
         let succession = if self.close_history { Succession::CloseHistory } else { Succession::AfterFailover };
@@ -137,7 +140,8 @@ impl Failback {
         served: &[ServedDisk],
         output: Output,
     ) -> Done<Destination> {
-        let places = |disks: &[HomeOrder]| disks.iter().map(|it| (it.disk, it.path.clone())).collect::<BTreeMap<_, _>>();
+        let places =
+            |disks: &[HomeOrder]| disks.iter().map(|it| (it.disk, it.path.clone())).collect::<BTreeMap<_, _>>();
         let same = self.to.is_empty()
             || self.address()? == running.home && places(&self.orders(served)?) == places(&running.disks);
         if !same {
@@ -148,14 +152,18 @@ impl Failback {
             return Err(Failure::new(
                 format!("the branch is being brought home already, to {}{at}", shown(&running.disks)),
                 "two failbacks of one branch would contradict each other",
-                format!("`farshore failback {0}` goes on with that one, `farshore failback {0} --cancel` stops it", self.branch),
+                format!(
+                    "`farshore failback {0}` goes on with that one, `farshore failback {0} --cancel` stops it",
+                    self.branch
+                ),
             )
             .with(Verdict::Refused));
         }
         if let Some(status) = status {
             output.object(&event("attached", status))?;
         }
-        output.remark("a failback of this branch runs already, with the options it was begun with; going on with it")?;
+        output
+            .remark("a failback of this branch runs already, with the options it was begun with; going on with it")?;
         Ok(running)
     }
 
@@ -182,7 +190,11 @@ impl Failback {
         let known = format!("the branch has {}", known.join(", "));
         if self.to.is_empty() {
             let what = "it was not said where the branch is to be written";
-            return Err(usage(what, known, "name a home for each disk with --to; no failback of it runs to go on with"));
+            return Err(usage(
+                what,
+                known,
+                "name a home for each disk with --to; no failback of it runs to go on with",
+            ));
         }
         let mut paths = by_disk("--to", &self.to, only, &known)?;
         let mut serials = by_disk("--serial", &self.serial, only, &known)?;
@@ -289,8 +301,8 @@ fn wait(client: &ControlClient, output: Output, stop: &StopRequest, until: Phase
             .failback
             .ok_or_else(|| Failure::new("the branch's process has forgotten the failback", "", "begin it again"))?;
         // Somebody at another terminal may have been quicker.
-        let passed = until == Phase::Following
-            && matches!(status.phase, Phase::CuttingOver | Phase::Proving | Phase::Done);
+        let passed =
+            until == Phase::Following && matches!(status.phase, Phase::CuttingOver | Phase::Proving | Phase::Done);
         if status.phase == until || passed {
             if let Some(progress) = progress {
                 progress.finish();

@@ -123,12 +123,17 @@ pub(crate) fn connector(root: &Path, address: &str) -> Done<Connector> {
         Ok(renewed) => {
             match renewed.store(&RealFiles::new(root), IDENTITY) {
                 Ok(()) => tracing::info!(peer = %renewed.peer, "the certificate of this host was renewed"),
-                Err(error) => tracing::warn!(%error, "the renewed certificate cannot be kept; it is renewed again next time"),
+                Err(error) => {
+                    tracing::warn!(%error, "the renewed certificate cannot be kept; it is renewed again next time")
+                }
             }
             Ok(Connector::new(runtime, renewed, trust, clock()))
         }
         Err(error) => {
-            tracing::warn!(error = chain(&error), "the certificate of this host nears its end and could not be renewed");
+            tracing::warn!(
+                error = chain(&error),
+                "the certificate of this host nears its end and could not be renewed"
+            );
             Ok(connector)
         }
     }

@@ -66,11 +66,6 @@ impl Talking {
         let _ = self.child.wait();
     }
 
-    /// What it has said to people so far, and everything else of this site that talked.
-    pub(crate) fn errors(&self) -> String {
-        fs::read_to_string(&self.errors).unwrap_or_default()
-    }
-
     pub(crate) fn end(mut self) -> Option<i32> {
         drop(self.input.take());
         self.child.wait().unwrap().code()

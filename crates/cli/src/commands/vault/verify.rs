@@ -106,7 +106,11 @@ impl Verify {
             ));
         }
         if !sound {
-            let also = if newer > 0 { format!(", {} of a newer format", counted(newer, "object or chain")) } else { String::new() };
+            let also = if newer > 0 {
+                format!(", {} of a newer format", counted(newer, "object or chain"))
+            } else {
+                String::new()
+            };
             return Err(Failure::new(
                 format!(
                     "{}, {}{also}",
