@@ -151,12 +151,12 @@ fn a_machine_that_failed_over_is_refused_until_that_is_cancelled_and_then_heals(
     assert_eq!(ground.with_vault(&["failover", "cancel"]).end(), Some(0));
     let healed = ground.wait_protected();
     let sent = healed.heal.sent_bytes;
-    assert!(sent >= 2 << 20 && sent < DISK_BYTES / 2, "what the maps name travels, and no more: {:?}", healed.heal);
+    assert!((2 << 20..DISK_BYTES / 2).contains(&sent), "what the maps name travels, and no more: {:?}", healed.heal);
     assert_eq!(ground.followed(), chain);
     let after = ground.mark("after");
     assert_eq!(after["chain"], chain.to_string());
     let points = ground.site.with_key(&["vault", "points"], &[]);
-    let gap = points.iter().filter(|point| point["type"] == "gap").next_back().unwrap();
+    let gap = points.iter().rfind(|point| point["type"] == "gap").unwrap();
     assert!(
         gap["until"].is_string() && gap["whole_machine"] == true,
         "the time in between is a gap that has ended: {gap}"
