@@ -1,5 +1,5 @@
-//! Fuzz targets of this crate: the maps that an earlier run left, the configuration, the control socket. Compiled for
-//! tests and fuzzers only; see `fuzz/README.md`.
+//! Fuzz targets of this crate: what an earlier run left (maps, records), the configuration, the control socket. Compiled
+//! for tests and fuzzers only; see `fuzz/README.md`.
 
 use crate::config::AgentConfig;
 use crate::service::control::{Answer, Request};
@@ -14,6 +14,11 @@ pub fn agent_config(data: &[u8]) -> bool {
     config.check().expect("what was parsed was checked");
     assert!(config.state_dir.is_absolute());
     true
+}
+
+/// A record of the state directory.
+pub fn agent_record(data: &[u8]) -> bool {
+    crate::state::fuzzed_record(data)
 }
 
 /// A line of the control socket, in either direction.
@@ -49,6 +54,25 @@ mod tests {
             b"state_dir = '/a'\nserver_addresses = ['ps1.example:7443', '[::1]:7443']\nring_bytes_max = 67108864\n\
             nbd_tcp = '127.0.0.1:10809'\n[[disk]]\nname = 'a'\npath = '/dev/vda'\n";
         replay::replay("agent_config", agent_config, &[("least", least), ("more", more.to_vec())]);
+    }
+
+    #[test]
+    fn agent_records() {
+        let enrolment = br#"e{"machine_name": "vm", "server_addresses": ["ps1:7443", "[::1]:7443"]}"#;
+        let cleared = br#"c{"chain": "02020202020202020202020202020202", "committed": "3.1042"}"#;
+        let stream = br#"s{"epoch": 4, "chain": "02020202020202020202020202020202", "generation": 3, "released": "3.9",
+            "hash": "0606060606060606060606060606060606060606060606060606060606060606", "heals_started": 2,
+            "lacking": [[0, 4096, 512], [1, 0, 65536]]}"#;
+        let disks =
+            br#"d{"disks": {"a": {"disk": 0, "serial": "s", "size_bytes": 4096, "inode": 7, "modified_ns": null},
+            "b": {"disk": 1, "serial": "", "size_bytes": 0, "inode": null, "modified_ns": -5}}}"#;
+        let seeds = [
+            ("enrolment", enrolment.to_vec()),
+            ("cleared", cleared.to_vec()),
+            ("stream", stream.to_vec()),
+            ("disks", disks.to_vec()),
+        ];
+        replay::replay("agent_record", agent_record, &seeds);
     }
 
     #[test]

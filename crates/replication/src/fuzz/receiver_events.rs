@@ -264,7 +264,7 @@ impl Owner<'_> {
 
     fn range(&mut self) -> ByteRange {
         let start = u64::from(self.script.u16() % 4096) * 512;
-        ByteRange::new(start, 512 * (1 + u64::from(self.script.u8())))
+        ByteRange::new(start, 512 * (1 + u64::from(self.script.u8() % 32)))
     }
 
     fn reach(&mut self) -> Reach {
@@ -326,7 +326,10 @@ impl Owner<'_> {
 
     fn feed(&mut self, event: Event) {
         for action in self.receiver.apply(event) {
-            self.trace.update(format!("{action:?}").as_bytes());
+            match &action {
+                Action::Send(message) => self.trace.update(&message.encode().body()),
+                other => self.trace.update(format!("{other:?}").as_bytes()),
+            };
             self.look_at(action);
         }
         let (received, hash, _) = self.receiver.position();

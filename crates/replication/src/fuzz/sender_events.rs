@@ -249,7 +249,7 @@ impl Owner<'_> {
         let what = script.u8();
         let range = |start: u8, len: u8| {
             let start = u64::from(start) * 4096;
-            ByteRange::new(start, ((1 + u64::from(len)) * 512).min(DISK_BYTES - start))
+            ByteRange::new(start, (1 + u64::from(len % 32)) * 512)
         };
         let kinds = (0..1 + usize::from(what >> 6)).map(|_| {
             let range = range(script.u8(), script.u8());
@@ -343,7 +343,10 @@ impl Owner<'_> {
 
     fn execute(&mut self, actions: Vec<Action>) {
         for action in actions {
-            self.trace.update(format!("{action:?}").as_bytes());
+            match &action {
+                Action::Send(message) => self.trace.update(&message.encode().body()),
+                other => self.trace.update(format!("{other:?}").as_bytes()),
+            };
             match action {
                 Action::Send(message) => self.look_at(message),
                 Action::Release(through) => {

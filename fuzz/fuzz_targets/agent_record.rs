@@ -1,0 +1,3 @@
+#![no_main]
+
+farshore_fuzz::target!(agent::fuzz::agent_record);

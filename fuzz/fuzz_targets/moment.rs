@@ -1,0 +1,3 @@
+#![no_main]
+
+farshore_fuzz::target!(vault::fuzz::moment);
