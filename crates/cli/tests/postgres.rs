@@ -266,7 +266,7 @@ fn what_postgresql_acknowledged_is_in_every_later_point() {
     assert!(points[POINTS - 1].1 > points[0].1, "the load goes on: {points:?}");
     ledger.finish();
     drop((load, database, running));
-    ebpf::remove(Path::new(&pins)).expect("capture is taken down");
+    ebpf::detach(Path::new(&pins)).expect("capture is taken down");
     drop(disk);
     let held: Vec<u64> =
         points.iter().map(|(name, acknowledged)| prove(&site, &programs, name, *acknowledged)).collect();

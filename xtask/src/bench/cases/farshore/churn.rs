@@ -82,7 +82,9 @@ impl Case for Churn {
         let besides = peak.saturating_sub(site.ring_bytes(MACHINE)?);
         let text = format!("{:.1} MiB at most under churn", besides as f64 / MIB as f64);
         let files = resident_file_bytes_now(site.agent_pid(MACHINE)?) as f64 / MIB as f64;
-        measured.remarks.push(format!("Churn: of the agent's memory {files:.1} MiB are its program and its mapped maps."));
+        measured
+            .remarks
+            .push(format!("Churn: of the agent's memory {files:.1} MiB are its program and its mapped maps."));
         measured.promises.push(Promise::new(Promised::AgentMemory, text, besides <= 40 * MIB));
         Ok(measured)
     }
