@@ -105,8 +105,8 @@ const volatile __u32 queue_comes_first = 0;
 #define CHUNK 4096
 /* The larger slice: pages of one bio_vec lie side by side in the direct map. */
 #define SLICE 65536
-/* Records of one program in the bounded variant: 1.25 MiB. */
-#define CHUNKS_BOUNDED 320
+/* Records of one program in the bounded variant: 1 MiB. What the verifier looks at grows with it, up to a million steps. */
+#define CHUNKS_BOUNDED 256
 /* Steps of the bounded variant over granules, most of them eight wide: half a GiB of the finest. */
 #define MARKS_BOUNDED 1024
 /* Bios of one request that the bounded variant looks at. */
