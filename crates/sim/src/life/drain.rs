@@ -100,7 +100,9 @@ impl World {
 
     fn done_as_planned(&mut self, what: Plan) {
         let now = self.time.now();
-        let quiet = self.misfortunes.last().is_none_or(|last| last.at_ns + QUIET_BEFORE_NS < now);
+        // The first replication is a gap of its own.
+        let begun = now > QUIET_BEFORE_NS && !self.gaps_seen.is_empty();
+        let quiet = begun && self.misfortunes.last().is_none_or(|last| last.at_ns + QUIET_BEFORE_NS < now);
         self.planned = quiet.then_some(Planned { what, at: now, misfortunes: self.misfortunes.len() });
         if let Some(quiet) = &mut self.quiet {
             quiet.until = quiet.until.min(now + QUIET_AFTER_NS + 8 * SECOND);
