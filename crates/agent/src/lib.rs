@@ -14,8 +14,8 @@
 pub mod capture;
 pub mod config;
 pub mod consistency;
-pub mod disks;
 pub mod discovery;
+pub mod disks;
 pub mod engine;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;

@@ -58,7 +58,7 @@ pub enum Bug {
     JournalUnbounded,
     /// In an outage: everything that waits for the store waits in memory.
     MemoryUnbounded,
-    /// In an outage: heal data that could not be stored at once is never credited to the sender again.
+    /// Heal data is stored, and its sender is never told that it may send more.
     CreditNotPaid,
     /// In an outage: what cannot be compared is taken for different.
     ComparedWithoutVault,

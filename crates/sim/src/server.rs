@@ -423,9 +423,10 @@ impl Node {
             trace(machine, &work);
             events.extend(pipeline.work(work).map_err(|error| format!("work: {error:?}"))?);
         }
-        let stepped = pipeline.step().map_err(|error| format!("step: {error:?}"))?;
-        let is_owed = |event: &Event| matches!(event, Event::HealProcessed { .. });
-        events.extend(stepped.into_iter().filter(|event| bug != Some(Bug::CreditNotPaid) || !is_owed(event)));
+        events.extend(pipeline.step().map_err(|error| format!("step: {error:?}"))?);
+        if bug == Some(Bug::CreditNotPaid) {
+            events.retain(|event| !matches!(event, Event::HealProcessed { .. }));
+        }
         for event in events {
             let outcome = self.ingest.event(event);
             self.carry_out(outcome, closed);

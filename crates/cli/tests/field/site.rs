@@ -107,9 +107,4 @@ impl Site {
         let token = self.json(&["token", "new", "--role", "agent", "--config", &self.at("server.toml")]);
         (server, token[0]["token"].as_str().unwrap().to_owned())
     }
-
-    pub(crate) fn gaps(&self) -> usize {
-        let points = self.with_key(&["vault", "points", "--limit", "100000"]);
-        points.iter().filter(|object| object["type"] == "gap").count()
-    }
 }
