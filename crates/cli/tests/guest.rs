@@ -79,7 +79,7 @@ impl Guest for Machine {
     }
 }
 
-fn gaps(site: &Site) -> usize {
+fn gaps_of(site: &Site) -> usize {
     let points = site.with_key(&["vault", "points", "--limit", "100000"]);
     points.iter().filter(|object| object["type"] == "gap").count()
 }
@@ -146,19 +146,19 @@ fn a_guest_with_a_protected_root_disk_loses_nothing_and_starts_again_from_a_bran
     }
 
     // The agent dies. Its programs live on in the kernel.
-    let gaps = gaps(&site);
+    let gaps = gaps_of(&site);
     guest.run("kill -9 $(pidof farshore-agent)");
     guest.start_agent();
     let status = guest.wait_protected();
     guest.mark(&mut points);
     assert_eq!(sent(&status), 0, "the ring and the stream go on");
-    assert_eq!(gaps(&site), gaps, "a killed agent costs no gap");
+    assert_eq!(gaps_of(&site), gaps, "a killed agent costs no gap");
 
     // More than the ring holds at once.
     guest.run("dd if=/dev/urandom of=/burst bs=1M count=48 2>/dev/null; sync");
     let status = guest.wait_protected();
     guest.mark(&mut points);
-    assert!(gaps(&site) > gaps, "an overflow is a recorded gap");
+    assert!(gaps_of(&site) > gaps, "an overflow is a recorded gap");
     told.push(format!("overflow: {} bytes sent by the heal", sent(&status)));
 
     // An orderly restart of the machine.
