@@ -151,11 +151,14 @@ fn the_catalog_goes_on_under_the_next_key_and_the_revoked_writer_is_told() {
     assert!(matches!(Catalog::load(&fixture.store, &other.1), Err(VaultError::Revoked { .. })));
 }
 
+/// What somebody does meanwhile.
+type Act = Box<dyn FnOnce() + Send>;
+
 /// A store that refuses to create anything after a while, and that somebody else can act on before a name is created.
 struct Interrupted {
     inner: Arc<dyn Store>,
     creates_left: AtomicU64,
-    before: Mutex<Option<(&'static str, Box<dyn FnOnce() + Send>)>>,
+    before: Mutex<Option<(&'static str, Act)>>,
 }
 
 impl Interrupted {
