@@ -12,10 +12,11 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
 use crate::process::{find_program, search_path};
+use crate::workspace::{Workspace, cargo};
 use archive::Archive;
 use guest::Guest;
 use package::Kernel;
@@ -26,6 +27,9 @@ pub(crate) const SERIES: &[Series] = &[
     Series { name: "6.1", suite: "bookworm" },
     Series { name: "6.12", suite: "trixie" },
 ];
+
+/// The kernel of the guest that the ordinary tests boot.
+pub(crate) const OF_TESTS: &str = "6.1";
 
 /// A kernel series and the release of the distribution that has it.
 #[derive(Debug, Clone, Copy)]
@@ -48,11 +52,11 @@ const LIMIT: Duration = Duration::from_secs(900);
 
 /// How the tests of one kernel ended.
 #[derive(Debug)]
-pub(crate) struct Outcome {
+struct Outcome {
     /// Lines of the guest's tests that begin with `SKIPPED:`, without that word.
-    pub(crate) skips: Vec<String>,
+    skips: Vec<String>,
     /// Tests that passed.
-    pub(crate) passed: usize,
+    passed: usize,
 }
 
 /// Why no guest can be started here, if so.
@@ -82,7 +86,7 @@ pub(crate) fn fetch(series: &Series, target: &Path) -> Result<Kernel> {
 }
 
 /// The test programs, built for this machine.
-pub(crate) fn test_programs(mut cargo: Command) -> Result<Vec<PathBuf>> {
+fn test_programs(mut cargo: Command) -> Result<Vec<PathBuf>> {
     cargo.args(["test", "--workspace", "--all-targets", "--locked", "--no-run", "--message-format", "json"]);
     let output = cargo.stderr(Stdio::inherit()).output().context("cannot run cargo test --no-run")?;
     ensure!(output.status.success(), "the test programs cannot be built");
@@ -99,11 +103,40 @@ pub(crate) fn test_programs(mut cargo: Command) -> Result<Vec<PathBuf>> {
     PROGRAMS.iter().map(program).collect()
 }
 
+/// `cargo xtask kernels`: builds the tests and runs them in a guest for each kernel. `Ok(false)` if a kernel was not to be
+/// had, or a test could not run there.
+pub(crate) fn run_all() -> Result<bool> {
+    if let Some(why) = unable() {
+        bail!("no guest can be started: {why}");
+    }
+    let workspace = Workspace::load()?;
+    let programs = test_programs(cargo())?;
+    let mut complete = true;
+    for series in SERIES {
+        let outcome = fetch(series, &workspace.target).and_then(|kernel| {
+            let outcome = run(&kernel, &programs, &workspace.target)?;
+            Ok((kernel.release, outcome))
+        });
+        match outcome {
+            Ok((release, outcome)) => {
+                println!("Linux {release}: {} tests passed", outcome.passed);
+                outcome.skips.iter().for_each(|skip| println!("  not run: {skip}"));
+                complete &= outcome.skips.is_empty();
+            }
+            Err(error) => {
+                println!("Linux {}: {error:#}", series.name);
+                complete = false;
+            }
+        }
+    }
+    Ok(complete)
+}
+
 /// Boots `kernel` with `programs` and has it run them.
 ///
 /// # Errors
 /// A test failed, or the guest did not get through; its console has been shown.
-pub(crate) fn run(kernel: &Kernel, programs: &[PathBuf], target: &Path) -> Result<Outcome> {
+fn run(kernel: &Kernel, programs: &[PathBuf], target: &Path) -> Result<Outcome> {
     let folder = folder(target);
     let files = Archive::new(folder.join("files"))?;
     files.program(&find_program("busybox").context("there is no busybox")?, "bin/busybox")?;

@@ -3,6 +3,7 @@
 //! * `test`: everything that must hold before a change is merged, on a machine that has only Rust and a C compiler.
 //! * `tidy`: the rules about the source tree that no compiler checks.
 //! * `fuzz`: throws bytes at every parser of bytes from outside.
+//! * `kernels`: the capture's tests in guests with other kernels.
 //! * `bpf`: builds the capture programs, after a change of their source.
 //! * `bench`: Farshore beside its peers, on the same disk, in the same run.
 
@@ -27,13 +28,14 @@ usage: cargo xtask <command> [options]
             --only STAGE   run just this stage (repeatable); see the names with --list
             --quick        leave out what needs a release build (simulation, demo)
             --no-install   never install a missing component; tests that need it say SKIPPED
-            --seeds N      how many seeds the simulation runs (default 200, with --quick 20)
+            --seeds N      how many seeds the simulation runs (default 25, with --quick 20)
             --list         print the stages and stop
   tidy    check the rules about the source tree
   fuzz    run the fuzzers, all or those named; exits non-zero if one finds something
             --seconds N    how long each runs (default 60)
             --input FILE   run one target on this input and stop
             --list         print the targets and stop
+  kernels run the capture's tests in emulated guests with other kernels
   bpf     build the capture programs' object from their source
   bench   measure beside peers
             --size BYTES   size of the reference disk, e.g. 2GiB (default 1GiB)
@@ -58,6 +60,7 @@ fn main() -> ExitCode {
         "tidy" if rest.is_empty() => Ok(tidy::run()),
         "fuzz" => fuzz::Options::parse(rest).map(|options| fuzz::run(&options)),
         "bpf" if rest.is_empty() => Ok(bpf::write()),
+        "kernels" if rest.is_empty() => Ok(kernels::run_all()),
         "bench" => bench::Options::parse(rest).map(|options| bench::run(&options)),
         "help" | "--help" | "-h" => {
             print!("{USAGE}");

@@ -424,9 +424,6 @@ impl Node {
             events.extend(pipeline.work(work).map_err(|error| format!("work: {error:?}"))?);
         }
         events.extend(pipeline.step().map_err(|error| format!("step: {error:?}"))?);
-        if bug == Some(Bug::CreditNotPaid) {
-            events.retain(|event| !matches!(event, Event::HealProcessed { .. }));
-        }
         for event in events {
             let outcome = self.ingest.event(event);
             self.carry_out(outcome, closed);

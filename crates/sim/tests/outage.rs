@@ -256,10 +256,10 @@ fn a_server_killed_in_an_outage_commits_what_its_full_journal_holds() {
 }
 
 /// More than a sender may have under way, of bytes that nobody has yet.
-fn heal_in_an_outage(bug: Option<Bug>) {
+fn heal_in_an_outage() {
     let disk_bytes = 44 << 20;
     let shape = SourceShape { disk_bytes: vec![disk_bytes], ring_bytes: 96 << 10, write_bytes_max: 4 << 20 };
-    let mut place = Place::new(4, shape, bug);
+    let mut place = Place::new(4, shape, None);
     place.source.start_agent();
     (0..60).for_each(|_| place.source.write_something());
     place.server.start();
@@ -279,7 +279,7 @@ fn heal_in_an_outage(bug: Option<Bug>) {
 
 #[test]
 fn a_heal_waits_out_an_outage_and_gets_its_credit_back() {
-    heal_in_an_outage(None);
+    heal_in_an_outage();
 }
 
 /// A heal by hashes alone, with the vault unreadable for a while or not; how many bytes had to travel.
@@ -320,7 +320,6 @@ fn offers_wait_while_the_vault_cannot_be_read() {
 fn planted_faults_of_outages_are_noticed() {
     for bug in IN_OUTAGES {
         let live = || match bug {
-            Bug::CreditNotPaid => heal_in_an_outage(Some(bug)),
             Bug::ComparedWithoutVault => drop(sent_by_a_comparison(true, Some(bug))),
             _ => long_outage(0, Some(bug)),
         };

@@ -17,10 +17,11 @@ const END: &str = "farshore-guest: end";
 
 /// The first program of the guest. It runs `lines` and switches the machine off.
 pub(super) fn init(lines: &[String]) -> String {
-    let lines = lines.join("\n");
+    let (lines, log) = (lines.join("\n"), crate::skips::LOG_VARIABLE);
     format!(
         r#"#!/bin/busybox sh
-export PATH=/bin:/sbin:/usr/bin:/usr/sbin
+# The tools before the shell's own.
+export PATH=/sbin:/bin
 /bin/busybox mkdir -p /proc /sys /dev /tmp /etc
 /bin/busybox --install -s /bin
 mount -t proc none /proc
@@ -39,7 +40,10 @@ run() {{
 	echo "{MARK} $name ended with $?"
 }}
 cd /tmp
+export {log}=/tmp/skipped
+touch /tmp/skipped
 {lines}
+cat /tmp/skipped
 echo "{END}"
 poweroff -f
 "#

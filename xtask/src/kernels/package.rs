@@ -12,7 +12,7 @@ use crate::apt::Apt;
 #[derive(Debug)]
 pub(crate) struct Kernel {
     /// Its release, such as `6.1.0-56-cloud-amd64`.
-    pub(crate) release: String,
+    pub(super) release: String,
     pub(super) image: PathBuf,
     modules: PathBuf,
 }
