@@ -137,7 +137,11 @@ fn points_behind_a_removal_do_not_have_the_disk_and_those_before_do() {
     assert_eq!((disk, disks_at(&history, END)), (1, vec![0]));
     assert_eq!(disks_at(&history, position), [0, 1], "the point at that position was made before");
     assert_eq!(disks_at(&history, position.next()), [0]);
-    assert!(history.gaps().iter().all(|gap| gap.scope == GapScope::Machine), "nothing is lacking: {:?}", history.gaps());
+    assert!(
+        history.gaps().iter().all(|gap| gap.scope == GapScope::Machine),
+        "nothing is lacking: {:?}",
+        history.gaps()
+    );
 
     let again = place.greet(&hello(3, &[0]));
     assert_eq!(again.geometries(), history.geometries(), "nothing is said twice");

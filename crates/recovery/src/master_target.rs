@@ -473,7 +473,6 @@ impl HomeSession {
         }
         Ok(())
     }
-
 }
 
 fn failed(home: &HomeDisk, source: BlockError) -> HomeError {

@@ -433,7 +433,8 @@ impl Sender {
             (Message::Refuse { reason, .. }, _) => out.push(Action::Refused(reason)),
             (Message::Ack { journaled, committed, window_bytes }, Link::Up { .. }) => {
                 if journaled > self.assigned || journaled < self.released || committed > journaled {
-                    let reason = format!("the receiver acknowledged {journaled}, committed {committed}: not what was sent");
+                    let reason =
+                        format!("the receiver acknowledged {journaled}, committed {committed}: not what was sent");
                     out.push(Action::Disconnect(reason));
                     return;
                 }

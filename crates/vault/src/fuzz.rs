@@ -200,8 +200,8 @@ mod replay;
 mod tests {
     use super::*;
     use crate::keys::{
-        NameEpoch, NameSwitch, ObjectNonce, PassphraseCost, ReadSecret, SealedKey, SharedKeys, SigningSecret, SlotKind, SlotOf, VaultId,
-        VaultSecrets, WriterId, WriterRole,
+        NameEpoch, NameSwitch, ObjectNonce, PassphraseCost, ReadSecret, SealedKey, SharedKeys, SigningSecret, SlotKind,
+        SlotOf, VaultId, VaultSecrets, WriterId, WriterRole,
     };
     use crate::layer::{Host, LayerKind};
     use crate::manifest::{Manifest, ManifestKind, full};

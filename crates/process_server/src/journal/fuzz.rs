@@ -136,8 +136,16 @@ pub fn journal_file(data: &[u8]) -> bool {
     for (chain, state) in &found.chains {
         let parts = vec![(FileNumber(1), valid)];
         let (files, directory, released) = (files.clone(), directory.to_owned(), SequenceNumber(0));
-        let reader =
-            ChangeReader { files, directory, host: host.clone(), chain: *chain, released, last: released, intent: None, parts };
+        let reader = ChangeReader {
+            files,
+            directory,
+            host: host.clone(),
+            chain: *chain,
+            released,
+            last: released,
+            intent: None,
+            parts,
+        };
         let mut last = None;
         let visited = reader.visit(|replayed| {
             if let Replayed::Record(Record::Changes { changes, .. }) = &replayed {

@@ -204,8 +204,7 @@ impl ChainWriter {
         let standing = history.map(|history| history.standing);
         crate::keys::revoked::refresh(store, keys)?;
         admit(session, keys, chain, standing, &kind, next_number)?;
-        let nothing =
-            ManifestLink { number: 0, epoch: NameEpoch::FIRST, nonce: ObjectNonce([0; 16]), digest: [0; 32] };
+        let nothing = ManifestLink { number: 0, epoch: NameEpoch::FIRST, nonce: ObjectNonce([0; 16]), digest: [0; 32] };
         let epoch = history.map_or(NameEpoch::FIRST, |history| history.name_epoch);
         let names = NumberedNames::of_chain(keys, chain);
         if !names.has(epoch) {
@@ -290,7 +289,8 @@ impl ChainWriter {
     pub fn begin(&self) -> ManifestBuilder {
         let names = NumberedNames::of_chain(&self.keys, self.chain);
         let placement = Placement::on_chain(ObjectKind::Manifest, self.chain, self.generation);
-        let name = names.name(self.next_number, self.epoch).expect("the key was at hand when the generation was opened");
+        let name =
+            names.name(self.next_number, self.epoch).expect("the key was at hand when the generation was opened");
         ManifestBuilder {
             object: ObjectBuilder::shared(Arc::clone(&self.session), placement, name),
             number: self.next_number,

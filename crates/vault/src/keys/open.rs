@@ -11,8 +11,8 @@ use replication::codec::Decoder;
 use super::revoked::Revocations;
 use super::writer::{DATA_KEY_INFO, data_key_associated};
 use super::{
-    Authority, DataKey, Grant, NameEpoch, NameKey, ReadSecret, Revocation, SealedKey, SealingSecret, SharedKeys, VaultId,
-    VerifyingKey, WriterId, WriterKeys,
+    Authority, DataKey, Grant, NameEpoch, NameKey, ReadSecret, Revocation, SealedKey, SealingSecret, SharedKeys,
+    VaultId, VerifyingKey, WriterId, WriterKeys,
 };
 use crate::error::{Damage, VaultError};
 use crate::layout;

@@ -114,27 +114,25 @@ fn any_message() -> impl Strategy<Value = Message> {
             start: 8192,
             leaves: leaves.into_iter().map(|hash| hash.map_or(OfferedLeaf::Zero, OfferedLeaf::Hash)).collect(),
         }),
-        (prop::collection::vec(0u8..3, 1..50), any::<[u8; 16]>(), any::<bool>()).prop_map(
-            |(kinds, hash, first)| {
-                let entry = |kind: &u8| match kind {
-                    0 => OfferedLeaf::Zero,
-                    1 => OfferedLeaf::Hash(hash),
-                    _ => OfferedLeaf::Unknown,
-                };
-                let offered: Vec<OfferedLeaf> = kinds.iter().map(entry).collect();
-                match first {
-                    true => Message::OfferGranules {
-                        heal: HealId(1),
-                        offer: 2,
-                        disk: DiskId(3),
-                        start: 4096,
-                        leaves: 700,
-                        granules: offered,
-                    },
-                    false => Message::OfferLeaves { heal: HealId(1), offer: 2, leaves: offered },
-                }
+        (prop::collection::vec(0u8..3, 1..50), any::<[u8; 16]>(), any::<bool>()).prop_map(|(kinds, hash, first)| {
+            let entry = |kind: &u8| match kind {
+                0 => OfferedLeaf::Zero,
+                1 => OfferedLeaf::Hash(hash),
+                _ => OfferedLeaf::Unknown,
+            };
+            let offered: Vec<OfferedLeaf> = kinds.iter().map(entry).collect();
+            match first {
+                true => Message::OfferGranules {
+                    heal: HealId(1),
+                    offer: 2,
+                    disk: DiskId(3),
+                    start: 4096,
+                    leaves: 700,
+                    granules: offered,
+                },
+                false => Message::OfferLeaves { heal: HealId(1), offer: 2, leaves: offered },
             }
-        ),
+        }),
         prop::collection::vec(any::<bool>(), 1..50).prop_map(|wanted| Message::Wants {
             heal: HealId(1),
             offer: 2,
