@@ -4,13 +4,15 @@
 
 #[path = "site/loops.rs"]
 mod loops;
+#[path = "site/process.rs"]
+mod process;
 mod site;
 
 use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -25,15 +27,13 @@ use agent::service::{Service, ServiceOptions};
 use agent::state::StateDir;
 use agent::status::{AgentStatus, ProtectionState};
 use loops::{Loop, output_of, skip, succeeds};
+use process::Agent;
 use replication::{Change, ChangeKind, DiskId, MarkerKind};
 use site::Server;
 use world::SystemClock;
 
 const SOON: Duration = Duration::from_secs(60);
 const DISK_BYTES: u64 = 192 << 20;
-/// Names the configuration of an agent that this program is to be, as a process of its own.
-const CHILD: &str = "FARSHORE_TEST_AGENT";
-
 struct Machine {
     config: AgentConfig,
     folder: PathBuf,
@@ -72,18 +72,7 @@ impl Machine {
 
     /// Starts the agent as a process of its own, by a program that starts others.
     fn spawn_by(&self, starter: &[String]) -> Agent {
-        let path = self.folder.join("agent.toml");
-        std::fs::write(&path, toml::to_string(&self.config).expect("a configuration")).expect("written");
-        let own = std::env::current_exe().expect("this program").display().to_string();
-        let words = [starter, &[own]].concat();
-        let child = Command::new(&words[0])
-            .args(&words[1..])
-            .args(["--exact", "an_agent_of_its_own", "--nocapture"])
-            .env(CHILD, &path)
-            .stdout(Stdio::null())
-            .spawn()
-            .expect("starts");
-        let agent = Agent(child);
+        let agent = Agent::spawn(&self.config, &self.folder, starter);
         wait_protected(|| match ask(&self.config.control_socket(), &Request::Status) {
             Ok(Answer::Status(status)) => Some(*status),
             _ => None,
@@ -122,37 +111,14 @@ impl Machine {
 
 impl Drop for Machine {
     fn drop(&mut self) {
-        match ebpf::detach(&self.config.ebpf_pins()) {
-            Ok(()) | Err(ebpf::DetachError::Nothing(_)) => {}
-            Err(error) => eprintln!("the pins stay: {error}"),
-        }
-    }
-}
-
-struct Agent(Child);
-
-impl Agent {
-    fn kill(&mut self) {
-        self.0.kill().expect("it runs");
-        self.0.wait().expect("it ends");
-    }
-}
-
-impl Drop for Agent {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
+        process::take_down(&self.config);
     }
 }
 
 /// Not a test of its own: what [`Machine::spawn`] runs.
 #[test]
 fn an_agent_of_its_own() {
-    let Ok(path) = std::env::var(CHILD) else { return };
-    let config = AgentConfig::load(Path::new(&path)).expect("the test wrote it");
-    let options = ServiceOptions { accept_disks: Vec::new(), clock: Arc::new(SystemClock) };
-    let service = Service::start(&config, options).unwrap_or_else(|problems| panic!("{problems:?}"));
-    service.wait();
+    process::be_one();
 }
 
 fn wait_for(what: &str, mut done: impl FnMut() -> bool) {

@@ -2,13 +2,15 @@
 //! receiver that keeps everything in memory. Needs root and BTF; says SKIPPED otherwise.
 #![cfg(all(target_os = "linux", target_arch = "x86_64"))]
 
+#[path = "site/loops.rs"]
+mod loops;
+#[path = "site/process.rs"]
+mod process;
 mod site;
 
 use std::fs::{File, OpenOptions};
-use std::io::Write;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
@@ -21,6 +23,8 @@ use agent::service::problem::ProblemKind;
 use agent::service::{Service, ServiceOptions};
 use agent::state::StateDir;
 use agent::status::{AgentStatus, ProtectionState};
+use loops::{Loop, skip, succeeds};
+use process::Agent;
 use replication::wire::HealNeed;
 use replication::{Change, ChangeKind, DiskId};
 use site::Server;
@@ -28,66 +32,6 @@ use world::{Access, BlockDevice, Entropy, FileDevice, SystemClock, SystemEntropy
 
 const SOON: Duration = Duration::from_secs(60);
 const DISK_BYTES: u64 = 96 << 20;
-/// Names the configuration of an agent that this program is to be, as a process of its own.
-const CHILD: &str = "FARSHORE_TEST_AGENT";
-
-fn skip(test: &str, why: &str) {
-    let line = format!("SKIPPED: {test}: {why}\n");
-    print!("{line}");
-    if let Ok(path) = std::env::var("FARSHORE_SKIP_LOG") {
-        let log = OpenOptions::new().append(true).create(true).open(path);
-        log.and_then(|mut log| log.write_all(line.as_bytes())).expect("the skip is noted");
-    }
-}
-
-fn succeeds(program: &str, arguments: &[&str]) -> bool {
-    let run = Command::new(program).args(arguments).stdout(Stdio::null()).stderr(Stdio::null()).status();
-    run.is_ok_and(|status| status.success())
-}
-
-fn attach_loop(image: &Path) -> Option<PathBuf> {
-    let made = Command::new("losetup").args(["-f", "--show"]).arg(image).output().ok()?;
-    made.status.success().then(|| PathBuf::from(String::from_utf8_lossy(&made.stdout).trim()))
-}
-
-/// An image on a loop device, mounted or not. Gone when dropped, also by a failing test.
-struct Loop {
-    device: PathBuf,
-    mount: PathBuf,
-    mounted: bool,
-}
-
-impl Loop {
-    fn mount(&mut self, options: &str) -> bool {
-        std::fs::create_dir_all(&self.mount).expect("created");
-        let (device, mount) = (self.device.display().to_string(), self.mount.display().to_string());
-        self.mounted = succeeds("mount", &["-t", "ext4", "-o", options, &device, &mount]);
-        self.mounted
-    }
-
-    fn unmount(&mut self) {
-        let mount = self.mount.display().to_string();
-        let done = (0..100).any(|_| {
-            let done = succeeds("umount", &[&mount]);
-            if !done {
-                thread::sleep(Duration::from_millis(50));
-            }
-            done
-        });
-        assert!(done, "{mount} is unmounted");
-        self.mounted = false;
-    }
-}
-
-impl Drop for Loop {
-    fn drop(&mut self) {
-        if self.mounted {
-            succeeds("umount", &["-l", &self.mount.display().to_string()]);
-        }
-        succeeds("losetup", &["-d", &self.device.display().to_string()]);
-    }
-}
-
 /// A protected machine with one disk: ext4 on a loop device.
 struct Machine {
     config: AgentConfig,
@@ -103,23 +47,14 @@ impl Machine {
         }
         let folder = server.folder(test);
         std::fs::create_dir_all(&folder).expect("created");
-        let image = folder.join("disk.img");
-        File::create(&image).and_then(|file| file.set_len(DISK_BYTES)).expect("an image");
-        let Some(device) = attach_loop(&image) else {
-            skip(test, "no loop device can be made");
-            return None;
-        };
-        let mut disk = Loop { device: device.clone(), mount: folder.join("mnt"), mounted: false };
-        if !succeeds("mkfs.ext4", &["-q", "-F", &device.display().to_string()]) || !disk.mount("discard") {
-            skip(test, "ext4 cannot be made or mounted");
-            return None;
-        }
+        let (image, mount) = (folder.join("disk.img"), folder.join("mnt"));
+        let disk = Loop::make_with(test, &image, DISK_BYTES, "ext4", &mount, "discard")?;
         let mut config = AgentConfig::new(folder.join("state"));
         config.rotate_every_ms = 200;
         config.proof_every_ms = 50;
         config.ring_bytes_max = ring_bytes_max;
         config.ebpf_pins = Some(PathBuf::from(format!("/sys/fs/bpf/farshore-{test}-{}", std::process::id())));
-        config.disks.push(DiskConfig { capture: CaptureChoice::Ebpf, ..DiskConfig::new("disk", &device) });
+        config.disks.push(DiskConfig { capture: CaptureChoice::Ebpf, ..DiskConfig::new("disk", &disk.device) });
         let state = StateDir::open(&config.state_dir).expect("opens");
         state.join(&server.runtime, Arc::new(SystemClock), &server.token(), test, &[]).expect("joins");
         Some(Machine { config, folder, disk })
@@ -132,15 +67,7 @@ impl Machine {
 
     /// The agent as a process of its own, which can be killed.
     fn spawn(&self) -> Agent {
-        let path = self.folder.join("agent.toml");
-        std::fs::write(&path, toml::to_string(&self.config).expect("a configuration")).expect("written");
-        let child = Command::new(std::env::current_exe().expect("this program"))
-            .args(["--exact", "an_agent_of_its_own", "--nocapture"])
-            .env(CHILD, &path)
-            .stdout(Stdio::null())
-            .spawn()
-            .expect("starts");
-        Agent(child)
+        Agent::spawn(&self.config, &self.folder, &[])
     }
 
     fn status(&self) -> Option<AgentStatus> {
@@ -163,37 +90,14 @@ impl Machine {
 
 impl Drop for Machine {
     fn drop(&mut self) {
-        match ebpf::detach(&self.config.ebpf_pins()) {
-            Ok(()) | Err(ebpf::DetachError::Nothing(_)) => {}
-            Err(error) => eprintln!("the pins stay: {error}"),
-        }
-    }
-}
-
-struct Agent(Child);
-
-impl Agent {
-    fn kill(&mut self) {
-        self.0.kill().expect("it runs");
-        self.0.wait().expect("it ends");
-    }
-}
-
-impl Drop for Agent {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
+        process::take_down(&self.config);
     }
 }
 
 /// Not a test of its own: what [`Machine::spawn`] runs.
 #[test]
 fn an_agent_of_its_own() {
-    let Ok(path) = std::env::var(CHILD) else { return };
-    let config = AgentConfig::load(Path::new(&path)).expect("the test wrote it");
-    let options = ServiceOptions { accept_disks: Vec::new(), clock: Arc::new(SystemClock) };
-    let service = Service::start(&config, options).unwrap_or_else(|problems| panic!("{problems:?}"));
-    service.wait();
+    process::be_one();
 }
 
 fn number() -> u64 {
@@ -512,8 +416,7 @@ fn open_point(folder: &Path, base: &[u8], changes: &[Change]) -> Result<u64, Str
         }
     }
     std::fs::write(&image, content).map_err(|error| error.to_string())?;
-    let device = attach_loop(&image).ok_or("no loop device")?;
-    let mut point = Loop { device, mount: folder.join("point"), mounted: false };
+    let mut point = Loop::attach(&image, "ext4", &folder.join("point")).ok_or("no loop device")?;
     if !point.mount("ro") {
         // A journal that has to be replayed wants a writable device, which it is; anything else is damage.
         return Err("it cannot be mounted".to_owned());

@@ -10,6 +10,8 @@
 mod machine;
 #[path = "field/site.rs"]
 mod site;
+#[path = "field/skip.rs"]
+mod skip;
 
 use std::fs;
 use std::path::Path;
@@ -19,7 +21,8 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 
 use machine::{Hardware, Machine, PATIENCE};
-use site::{AGENT, Site, done, skip, start};
+use site::{AGENT, Site, done, start};
+use skip::skip;
 
 const DISK_BYTES: u64 = 192 << 20;
 const DATA_BYTES: u64 = 48 << 20;
@@ -133,6 +136,15 @@ fn a_guest_with_a_protected_root_disk_loses_nothing_and_starts_again_from_a_bran
     let mut points = Vec::new();
     let mut told = Vec::new();
     let sent = |status: &Value| status["heal"]["sent_bytes"].as_u64().unwrap();
+    // Starts again, under load, and is protected.
+    let come_back = |points: &mut Vec<Point>| {
+        let mut guest = boot(&place);
+        guest.start_load();
+        guest.start_agent();
+        let status = guest.wait_protected();
+        guest.mark(points);
+        (guest, status)
+    };
 
     // Initial replication while the root file system is in use.
     let mut guest = boot(&place);
@@ -164,21 +176,13 @@ fn a_guest_with_a_protected_root_disk_loses_nothing_and_starts_again_from_a_bran
     // An orderly restart of the machine.
     guest.run("farshore-agent stop --config /agent.toml");
     guest.shut_down();
-    let mut guest = boot(&place);
-    guest.start_load();
-    guest.start_agent();
-    let status = guest.wait_protected();
-    guest.mark(&mut points);
+    let (guest, status) = come_back(&mut points);
     assert!(sent(&status) < sent(&first) / 2, "only what differs travels: {status}");
     told.push(format!("restart: {} bytes sent", sent(&status)));
 
     // The power fails under load.
     guest.cut_power();
-    let mut guest = boot(&place);
-    guest.start_load();
-    guest.start_agent();
-    let status = guest.wait_protected();
-    guest.mark(&mut points);
+    let (mut guest, status) = come_back(&mut points);
     assert!(sent(&status) < sent(&first) / 2, "only what differs travels: {status}");
     told.push(format!("power cut: {} bytes sent", sent(&status)));
 

@@ -1,21 +1,15 @@
 //! What is packaged fits the programs that it starts.
 
-use std::fs::OpenOptions;
-use std::io::Write;
+#[path = "field/skip.rs"]
+mod skip;
+
 use std::path::PathBuf;
 use std::process::Command;
 
+use skip::skip;
+
 fn unit() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../packaging/farshore-agent.service")
-}
-
-fn skip(why: &str) {
-    let line = format!("SKIPPED: {why}\n");
-    print!("{line}");
-    if let Ok(path) = std::env::var("FARSHORE_SKIP_LOG") {
-        let log = OpenOptions::new().append(true).create(true).open(path);
-        log.and_then(|mut log| log.write_all(line.as_bytes())).expect("the skip is noted");
-    }
 }
 
 #[test]
@@ -39,7 +33,7 @@ fn the_unit_starts_commands_that_exist() {
 fn systemd_understands_the_unit() {
     // The program is not installed here, and that is all that may be wrong.
     let Ok(verified) = Command::new("systemd-analyze").args(["verify", "--man=no"]).arg(unit()).output() else {
-        return skip("systemd_understands_the_unit: there is no systemd-analyze");
+        return skip("systemd_understands_the_unit", "there is no systemd-analyze");
     };
     let said = String::from_utf8_lossy(&verified.stderr);
     let of_unit = said.lines().filter(|line| line.contains("farshore-agent"));

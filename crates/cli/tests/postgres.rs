@@ -6,6 +6,8 @@
 
 #[path = "field/site.rs"]
 mod site;
+#[path = "field/skip.rs"]
+mod skip;
 
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Write};
@@ -19,7 +21,8 @@ use std::time::{Duration, Instant};
 
 use agent::capture::ebpf;
 use serde_json::Value;
-use site::{AGENT, Running, Site, done, skip};
+use site::{AGENT, Running, Site, done};
+use skip::skip;
 
 const TEST: &str = "what_postgresql_acknowledged_is_in_every_later_point";
 const DISK_BYTES: u64 = 512 << 20;

@@ -14,8 +14,10 @@ mod site;
 #[path = "kills/talking.rs"]
 mod talking;
 
+#[path = "field/skip.rs"]
+mod skip;
+
 use std::fs;
-use std::io::Write;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
@@ -32,6 +34,7 @@ use world::{BlockDevice, RealFiles, SystemClock};
 
 use ledger::{DISK_BYTES, DISKS, Ledger};
 use site::{Running, Site};
+use skip::skip;
 use talking::{LIMIT, Talking};
 
 /// A refused agent tries again after half a minute.
@@ -438,16 +441,6 @@ impl Drop for Mounted<'_> {
     fn drop(&mut self) {
         says("umount", &[&self.folder.display().to_string()]);
         says("losetup", &["-d", &self.device]);
-    }
-}
-
-/// Says in a way that the test command collects why a test did not run.
-fn skip(test: &str, why: &str) {
-    let line = format!("SKIPPED: {test}: {why}\n");
-    print!("{line}");
-    if let Ok(path) = std::env::var("FARSHORE_SKIP_LOG") {
-        let log = fs::OpenOptions::new().append(true).create(true).open(path);
-        log.and_then(|mut log| log.write_all(line.as_bytes())).expect("the skip is noted");
     }
 }
 

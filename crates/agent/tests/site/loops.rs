@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use agent::system::DeviceNumber;
 
+/// Says in a way that the test command collects why a test did not run.
 pub fn skip(test: &str, why: &str) {
     let line = format!("SKIPPED: {test}: {why}\n");
     print!("{line}");
@@ -41,6 +42,18 @@ pub struct Loop {
 impl Loop {
     /// An image of its own with a new file system, mounted at `mount`; `None` with a note if that cannot be had here.
     pub fn make(test: &str, image: &Path, bytes: u64, fs_type: &'static str, mount: &Path) -> Option<Loop> {
+        Loop::make_with(test, image, bytes, fs_type, mount, "defaults")
+    }
+
+    /// As [`Loop::make`], with mount options.
+    pub fn make_with(
+        test: &str,
+        image: &Path,
+        bytes: u64,
+        fs_type: &'static str,
+        mount: &Path,
+        options: &str,
+    ) -> Option<Loop> {
         File::create(image).and_then(|file| file.set_len(bytes)).expect("an image");
         let Some(mut made) = Loop::attach(image, fs_type, mount) else {
             skip(test, "no loop device can be made");
@@ -48,7 +61,7 @@ impl Loop {
         };
         let force = if fs_type == "ext4" { "-F" } else { "-f" };
         let device = made.device.display().to_string();
-        if !succeeds(&format!("mkfs.{fs_type}"), &["-q", force, &device]) || !made.mount("defaults") {
+        if !succeeds(&format!("mkfs.{fs_type}"), &["-q", force, &device]) || !made.mount(options) {
             skip(test, &format!("{fs_type} cannot be made or mounted"));
             return None;
         }

@@ -1,7 +1,7 @@
 //! A vault and a process server as an administrator sets them up: the product's own programs.
 
-use std::fs::{self, OpenOptions};
-use std::io::{BufRead, BufReader, Write};
+use std::fs;
+use std::io::{BufRead, BufReader};
 use std::net::TcpListener;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
@@ -18,16 +18,6 @@ pub(crate) fn done(command: &mut Command) -> String {
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{command:?} ended with {}:\n{said}", output.status);
     String::from_utf8_lossy(&output.stdout).into_owned()
-}
-
-/// Says in a way that the test command collects why a test did not run.
-pub(crate) fn skip(test: &str, why: &str) {
-    let line = format!("SKIPPED: {test}: {why}\n");
-    print!("{line}");
-    if let Ok(path) = std::env::var("FARSHORE_SKIP_LOG") {
-        let log = OpenOptions::new().append(true).create(true).open(path);
-        log.and_then(|mut log| log.write_all(line.as_bytes())).expect("the skip is noted");
-    }
 }
 
 /// A process that is killed when dropped.
