@@ -20,10 +20,7 @@ use crate::tidy;
 use crate::workspace::{Workspace, cargo};
 
 /// Seeds of the simulation in a full and in a quick run.
-///
-/// Two hundred is the aim. About one in twelve lives beyond these still ends in a judgement that is not understood yet:
-/// `docs/design/0005` lists them.
-const SEEDS: u32 = 25;
+const SEEDS: u32 = 200;
 const SEEDS_QUICK: u32 = 20;
 
 /// What the simulation, the demo and the independent check are called once they are there.

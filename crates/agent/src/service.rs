@@ -17,6 +17,7 @@ use std::time::Duration;
 
 use link::{Connector, DenyList, LinkIdentity, LinkRuntime, Trust};
 use nbd::{DeviceExport, ExportTable, Listen, Server, ServerHandle, ServerOptions};
+use replication::limits::HEAL_WINDOW_BYTES;
 use replication::sender::{KeptStream, SenderConfig};
 use replication::wire::OfferHashes;
 use replication::{ByteRange, Epoch, InstanceId, MachineId, PointTime, Ranges};
@@ -485,6 +486,7 @@ fn engine(
         rotate_every_ns: config.rotate_every_ms * 1_000_000,
         proof_every_ns: config.proof_every_ms * 1_000_000,
         heal_chunk_bytes: config.heal_chunk_bytes,
+        heal_window_bytes: HEAL_WINDOW_BYTES,
     };
     let (clock, mark) = (options.clock.clone(), Box::new(mark));
     let mut engine = match kept {

@@ -13,12 +13,12 @@ use std::time::Duration;
 use bytes::Bytes;
 use process_server::ingest::Ingest;
 use process_server::journal::{ChainState, HostKey, Journal, JournalConfig, JournalThread, QueueConfig};
-use process_server::pipeline::{Greeted, Pace, Pipeline, Services};
+use process_server::pipeline::{Greeted, Pace, Pipeline, PipelineError, Services};
 use replication::receiver::Receiver;
 use replication::wire::{HealNeed, Hello, Message, OfferHashes, PROTOCOL_VERSION, Resume, Welcome};
 use replication::{
-    ByteRange, ChainId, Change, ChangeKind, DiskGeometry, DiskId, DiskIdentity, HealId, InstanceId, MachineId,
-    PointTime, Ranges, Reach, SequenceNumber, SourceTime, StreamHash,
+    ByteRange, ChainId, Change, ChangeKind, DiskGeometry, DiskId, DiskIdentity, Generation, HealId, InstanceId,
+    MachineId, PointTime, Ranges, Reach, SequenceNumber, SourceTime, StreamHash,
 };
 use vault::keys::{PassphraseCost, WriterRole, WriterSession};
 use vault::pack::load_dedup;
@@ -352,4 +352,26 @@ fn a_successor_goes_on_only_with_the_stream_that_the_vault_holds() {
         let gaps = site.history(pipeline.chain()).gaps().len();
         assert_eq!(gaps, 1 + usize::from(sender != Sender::Same), "{sender:?}");
     }
+}
+
+#[test]
+fn a_server_that_was_fenced_in_its_sleep_learns_it_from_the_sender() {
+    let site = Site::new();
+    let (first, second) = (site.server("first").start(), site.server("second").start());
+    let mut asleep = first.open(Some(&hello(1, None, HealNeed::Maps))).expect("a new chain");
+    let sending = Sending::whole(&first, &mut asleep);
+    let resume = sending.resume(&asleep);
+    let moved = hello(1, Some(resume.clone()), HealNeed::Nothing);
+    let mut awake = second.open(Some(&moved)).expect("the second takes over");
+    let (_, welcome) = greet(&mut awake, &moved);
+    assert!(welcome.continues);
+
+    // The sender comes back before it sent anything to the second: everything matches what the first one remembers.
+    let back = hello(1, Some(Resume { generation: welcome.generation, ..resume.clone() }), HealNeed::Nothing);
+    let fenced = asleep.greet(&back, MACHINE, None).err().expect("it is not the first one's chain any more");
+    assert!(matches!(fenced, PipelineError::Fenced { .. }), "{fenced}");
+
+    // A generation that the vault does not know either, because it is an older copy, ends nobody's.
+    let unheard = hello(1, Some(Resume { generation: Generation(77), ..resume }), HealNeed::Nothing);
+    greet(&mut awake, &unheard);
 }

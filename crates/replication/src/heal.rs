@@ -64,6 +64,8 @@ pub(crate) struct HealRun {
     /// What names granules; without it leaves are offered at once.
     names: Option<LeafKey>,
     chunk_bytes: u64,
+    /// Most bytes of data sent and not credited.
+    window_bytes: u64,
     planned: VecDeque<(DiskId, ByteRange)>,
     /// Where planned ranges begin within the leaf that begins here.
     ragged: BTreeMap<(DiskId, u64), u64>,
@@ -92,6 +94,7 @@ impl HealRun {
         base_empty: bool,
         names: Option<LeafKey>,
         chunk_bytes: u64,
+        window_bytes: u64,
     ) -> HealRun {
         let planned: VecDeque<_> =
             set.into_iter().flat_map(|(disk, ranges)| ranges.into_iter().map(move |range| (disk, range))).collect();
@@ -103,6 +106,7 @@ impl HealRun {
             base_empty,
             names,
             chunk_bytes,
+            window_bytes,
             planned,
             ragged: BTreeMap::new(),
             reading: Vec::new(),
@@ -133,7 +137,7 @@ impl HealRun {
 
     pub(crate) fn pump(&mut self) -> Vec<HealStep> {
         let mut steps = Vec::new();
-        while self.sent_bytes - self.credited_bytes < limits::HEAL_BYTES_IN_FLIGHT_MAX
+        while self.sent_bytes - self.credited_bytes < self.window_bytes
             && let Some(message) = self.ready.pop_front()
         {
             if let Message::HealData { content: HealContent::Data(data), .. } = &message {

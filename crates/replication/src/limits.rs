@@ -24,8 +24,8 @@ pub const OFFER_HASHES_MAX: usize = 65_536;
 pub const HEAL_DATA_BYTES_MAX: usize = 1 << 20;
 /// Most hash offers whose verdict is still out.
 pub const OFFERS_IN_FLIGHT_MAX: usize = 32;
-/// Most heal data sent but not yet received, in bytes.
-pub const HEAL_BYTES_IN_FLIGHT_MAX: u64 = 32 << 20;
+/// Most heal data sent but not yet stored, in bytes.
+pub const HEAL_WINDOW_BYTES: u64 = 32 << 20;
 /// Most ranges that one break or one heal of ranges names; more are joined.
 pub const BREAK_RANGES_MAX: usize = 32;
 /// Longest description of a machine's hardware, in bytes.

@@ -103,7 +103,9 @@ pub fn greet(hello: &Hello, known: &Remembered) -> Greeting {
     }
     let Some(resume) = &hello.resume else {
         let need = if known.empty { HealNeed::Whole } else { at_least(HealNeed::Maps) };
-        return renew(need, if known.empty { "initial replication" } else { "the agent was restarted" });
+        // What the first replication had completed before is a history, even if it holds nothing but zeros.
+        let begins = known.empty && known.incomplete;
+        return renew(need, if begins { "initial replication" } else { "the agent was restarted" });
     };
     if resume.chain != known.chain {
         return renew(HealNeed::Whole, "the agent was protecting into another chain");

@@ -52,6 +52,8 @@ pub enum Bug {
     CloseIgnored,
     /// A server that takes over does not ask what the sender still has: a planned move opens a gap.
     HandOverForgotten,
+    /// Heal data is stored, and its sender is never told that it may send more.
+    CreditNotPaid,
     /// In an outage: what a full journal does not take is acknowledged all the same.
     FullJournalAcknowledges,
     /// In an outage: the journal grows beyond its configured size.
@@ -63,7 +65,7 @@ pub enum Bug {
 }
 
 /// What lives must catch, in the order in which the test runs them.
-pub const ALL: [Bug; 24] = [
+pub const ALL: [Bug; 25] = [
     Bug::AckBeforeSync,
     Bug::HealBelowOlderWrites,
     Bug::HealAboveStream,
@@ -88,6 +90,7 @@ pub const ALL: [Bug; 24] = [
     Bug::LackingTooMuchSaid,
     Bug::CloseIgnored,
     Bug::HandOverForgotten,
+    Bug::CreditNotPaid,
 ];
 
 /// What shows only while the vault is away for long: the tests of outages must catch it.

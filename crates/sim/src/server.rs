@@ -336,7 +336,10 @@ impl SimServer {
             let journal = |chain| recovered.get(&chain).cloned();
             let opened = Pipeline::open(running.services.clone(), &*running.entropy, self.machine, hello, journal);
             match opened {
-                Ok(pipeline) => node.pipeline = Some(pipeline),
+                Ok(pipeline) => {
+                    trace_opened(self.name, &pipeline);
+                    node.pipeline = Some(pipeline);
+                }
                 Err(error) => {
                     if bug == Some(Bug::CloseIgnored) && matches!(error, OpenError::Closed { .. }) {
                         retry(&running.services, self.machine, bug);
@@ -424,6 +427,9 @@ impl Node {
             events.extend(pipeline.work(work).map_err(|error| format!("work: {error:?}"))?);
         }
         events.extend(pipeline.step().map_err(|error| format!("step: {error:?}"))?);
+        if bug == Some(Bug::CreditNotPaid) {
+            events.retain(|event| !matches!(event, Event::HealProcessed { .. }));
+        }
         for event in events {
             let outcome = self.ingest.event(event);
             self.carry_out(outcome, closed);
@@ -542,6 +548,18 @@ fn retry(services: &Services, machine: MachineId, bug: Option<Bug>) {
         history.standing.phase = Phase::Open;
     }
     drop(ChainWriter::open_generation(store, session, keys, &history, "retry", Delta::default()));
+}
+
+/// Shows under which generation a server goes on, for people who look for a bug.
+fn trace_opened(server: &str, pipeline: &Pipeline) {
+    if std::env::var_os("FARSHORE_SIM_TRACE").is_some() {
+        let writer = pipeline.writer();
+        let (chain, generation, number) = (writer.chain(), writer.generation(), writer.head().number);
+        eprintln!(
+            "  {server} opened {chain} under {generation:?} with manifest {number}, through {}",
+            writer.through()
+        );
+    }
 }
 
 /// Shows what the pipeline is given, for people who look for a bug.

@@ -92,6 +92,8 @@ struct Stopping {
 pub struct Ended {
     /// The next one can go on with the stream, lacking these ranges besides what joins; otherwise there is a gap.
     pub kept: Option<Ranges>,
+    /// Where its stream ended.
+    pub through: SequenceNumber,
     /// What happened to the disks.
     pub then: Maintenance,
 }
@@ -214,6 +216,8 @@ impl Source {
             rotate_every_ns: 3_000_000_000,
             proof_every_ns: 500_000_000,
             heal_chunk_bytes: 64 * 1024,
+            // A small part of what a heal sends here: it comes to an end by what is credited.
+            heal_window_bytes: 32 * 1024,
         };
         let capture = SpoiledCapture::new(capture, self.bug, interference);
         let (clock, mark) = (Arc::new(self.clock.clone()), Box::new(self.mark.clone()));
@@ -254,7 +258,8 @@ impl Source {
         }
         self.maintain(stopping.then);
         let kept = self.kept.as_ref().map(|(_, kept)| kept.lacking.clone());
-        self.ended = Some(Ended { kept, then: stopping.then });
+        let through = self.kept.as_ref().map_or(SequenceNumber(0), |(_, kept)| kept.released);
+        self.ended = Some(Ended { kept, through, then: stopping.then });
     }
 
     fn maintain(&mut self, what: Maintenance) {
@@ -459,6 +464,11 @@ impl Source {
     /// Whether the vault has everything that was sent, so that another server can go on without a gap.
     pub fn is_drained(&self) -> bool {
         self.running.as_ref().is_some_and(|running| running.engine.sender().is_drained())
+    }
+
+    /// How far the stream is journaled.
+    pub fn journaled(&self) -> SequenceNumber {
+        self.running.as_ref().map_or(SequenceNumber(0), |running| running.engine.sender().watermarks()[2])
     }
 
     /// Whether the agent has a link.

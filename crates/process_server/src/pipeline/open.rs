@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use replication::cut::{CutKind, CutPlanner, PointTime};
 use replication::receiver::{Greeting, Receiver, Remembered, SessionStart, greet};
-use replication::wire::{HealNeed, Hello, Message, RefusalCode};
+use replication::wire::{HealNeed, Hello, Message, RefusalCode, Resume};
 use replication::{ChainId, InstanceId, MachineId, Reach, SequenceNumber, StreamHash};
 use vault::catalog::{Catalog, CatalogEntry};
 use vault::chain::{GenerationHistory, Phase};
@@ -391,6 +391,7 @@ impl Pipeline {
         if let Some(reason) = self.left_behind(hello)? {
             return Ok(Greeted::Refused(Message::Refuse { code: RefusalCode::NotAuthorised, reason }));
         }
+        self.still_holds(hello)?;
         let empty = self.earlier.is_empty() && self.writer.state().layers.is_empty() && self.below.is_none();
         let known = Remembered {
             machine,
@@ -477,6 +478,23 @@ impl Pipeline {
                 self.chain
             )
         }))
+    }
+
+    /// A sender that was under a newer generation tells a server which was asleep that somebody else has opened one. (A
+    /// vault that was rolled back knows of no newer one either, and goes on.)
+    ///
+    /// # Errors
+    /// [`VaultError::Fenced`]; those of reading the chain.
+    fn still_holds(&self, hello: &Hello) -> Result<(), VaultError> {
+        let newer = |resume: &Resume| resume.chain == self.chain && resume.generation > self.writer.generation();
+        if !hello.resume.as_ref().is_some_and(newer) {
+            return Ok(());
+        }
+        let history = ChainHistory::load(&self.services.store, &self.services.keys, self.chain)?;
+        match history.generation().generation > self.writer.generation() {
+            true => Err(VaultError::Fenced { number: history.head.number }),
+            false => Ok(()),
+        }
     }
 
     /// Continuity is lost: everything so far is committed, then the next generation begins with a gap. `false` while

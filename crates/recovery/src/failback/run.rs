@@ -16,6 +16,7 @@ use std::time::Duration;
 use agent::capture::Frozen;
 use agent::engine::{ClearedMark, Engine, HashIndex, Step, WireClosed};
 use replication::geometry::ByteRange;
+use replication::limits::HEAL_WINDOW_BYTES;
 use replication::sender::SenderConfig;
 use replication::wire::{OfferHashes, OfferedLeaf};
 use replication::{ChainId, DiskId, InstanceId, MarkerKind, PointTime, SequenceNumber};
@@ -185,6 +186,7 @@ impl FailbackRun {
             rotate_every_ns: 1_000_000_000,
             proof_every_ns: 1_000_000_000,
             heal_chunk_bytes: config.chunk_bytes,
+            heal_window_bytes: HEAL_WINDOW_BYTES,
         };
         let hashes = Box::new(BranchHashes(Arc::clone(branch.core())));
         let clock = Arc::clone(&branch.clock);

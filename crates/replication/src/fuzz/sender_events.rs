@@ -87,6 +87,7 @@ impl Owner<'_> {
             rotate_every_ns: 3_000_000_000,
             proof_every_ns: 500_000_000,
             heal_chunk_bytes: GRANULE_BYTES,
+            heal_window_bytes: 2 * GRANULE_BYTES,
         };
         let cleared = (kind & 0x40 != 0).then_some((ChainId([9; 16]), SequenceNumber(5)));
         let mut owner = Owner {

@@ -134,7 +134,7 @@ fn run(case: &Case, names: Option<LeafKey>) -> Outcome {
     for message in [Message::Changes(vec![start]), begin] {
         receiver.apply(Event::Received { message, wall: PointTime(2) });
     }
-    let mut run = HealRun::new(HEAL, p0, vec![(DISK, case.ranges.clone())], false, names, case.chunk_bytes);
+    let mut run = HealRun::new(HEAL, p0, vec![(DISK, case.ranges.clone())], false, names, case.chunk_bytes, u64::MAX);
     let held = |leaf: usize| (!case.broken.contains(&leaf)).then(|| hash_of(case.theirs[leaf]));
     let zero = key().zero_leaf();
     let mut kept: BTreeMap<u32, Vec<Option<LeafHash>>> = BTreeMap::new();

@@ -30,6 +30,11 @@ pub struct SenderConfig {
     pub proof_every_ns: u64,
     /// Bytes of disk read at once by a heal; a multiple of 64 KiB.
     pub heal_chunk_bytes: u64,
+    /// Most heal data sent that the receiver has not yet said it stored, in bytes; [`HEAL_WINDOW_BYTES`] unless disks are
+    /// tiny. May be exceeded by one message.
+    ///
+    /// [`HEAL_WINDOW_BYTES`]: crate::limits::HEAL_WINDOW_BYTES
+    pub heal_window_bytes: u64,
 }
 
 /// A stream as it was left by an agent that ended in order: everything captured was journaled. Only for who knows that no

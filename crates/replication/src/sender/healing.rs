@@ -1,7 +1,7 @@
 //! Heals and map epochs as the sender runs them: from the rotation that gives a heal its `p0` to the commit that clears the
 //! maps.
 
-use super::{Action, ClosingEpoch, Heal, Link, Sender, StreamState};
+use super::{Action, ClosingEpoch, Heal, Link, Sender, SenderConfig, StreamState};
 use crate::change::{ChangeKind, HealId};
 use crate::geometry::ByteRange;
 use crate::heal::HealRun;
@@ -92,7 +92,8 @@ impl Sender {
             OfferHashes::Plain => None,
             OfferHashes::Keyed(key) => Some(key.clone()),
         };
-        let run = HealRun::new(heal, p0, set, self.base_empty, names, self.config.heal_chunk_bytes);
+        let SenderConfig { heal_chunk_bytes, heal_window_bytes, .. } = self.config;
+        let run = HealRun::new(heal, p0, set, self.base_empty, names, heal_chunk_bytes, heal_window_bytes);
         self.progress = run.progress();
         self.heal = Heal::Running(Box::new(run));
         // From now on the receiver holds something, even if this heal does not end.

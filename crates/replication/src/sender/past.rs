@@ -84,6 +84,7 @@ mod tests {
             rotate_every_ns: u64::MAX,
             proof_every_ns: u64::MAX,
             heal_chunk_bytes: 1 << 20,
+            heal_window_bytes: u64::MAX,
         }
     }
 

@@ -125,9 +125,7 @@ impl World {
         }
         match decision.outcome {
             Outcome::Cancelled => {
-                // A lost answer leaves a chain that is open again.
-                let is_open = self.chain_history(chain)?.standing.phase == Phase::Open;
-                if !is_open && self.control(|control| control.cancel(chain, "it was a drill"))?.is_none() {
+                if self.control(|control| control.cancel(chain, "it was a drill"))?.is_none() {
                     return Ok(Some(decision));
                 }
                 self.closed = None;

@@ -2,6 +2,8 @@
 //! stream until the old server has committed everything; and a restart of the agent in order. Nothing is lost and no gap
 //! opens, unless something else goes wrong meanwhile.
 
+use replication::SequenceNumber;
+
 use super::{Fault, SECOND, World};
 use crate::source::Maintenance;
 
@@ -36,6 +38,8 @@ pub(super) struct Quiet {
 pub(super) struct Planned {
     what: Plan,
     at: u64,
+    /// What the stream had reached. A gap that begins before it opened earlier, and came to light late.
+    through: SequenceNumber,
     misfortunes: usize,
 }
 
@@ -83,39 +87,34 @@ impl World {
         self.moving = None;
         if self.source.is_plugged() && self.source.is_drained() {
             self.count(Fault::MovedDrained);
+            let through = self.source.journaled();
             self.source.unplug();
             self.assigned = 1 - self.assigned;
             self.talked_to[self.assigned] = true;
-            self.done_as_planned(Plan::Move);
+            self.done_as_planned(Plan::Move, through);
         }
         self.source.hold(false);
     }
 
-    /// The agent ended in order; `whole` if the next one has nothing to heal.
-    pub(super) fn restarted_in_order(&mut self, whole: bool) {
-        if whole {
-            self.done_as_planned(Plan::Restart);
-        }
-    }
-
-    fn done_as_planned(&mut self, what: Plan) {
+    /// Something planned was done, with the stream at `through` and nothing to heal.
+    pub(super) fn done_as_planned(&mut self, what: Plan, through: SequenceNumber) {
         let now = self.time.now();
         // The first replication is a gap of its own.
         let begun = now > QUIET_BEFORE_NS && !self.gaps_seen.is_empty();
         let quiet = begun && self.misfortunes.last().is_none_or(|last| last.at_ns + QUIET_BEFORE_NS < now);
-        self.planned = quiet.then_some(Planned { what, at: now, misfortunes: self.misfortunes.len() });
+        self.planned = quiet.then_some(Planned { what, at: now, through, misfortunes: self.misfortunes.len() });
         if let Some(quiet) = &mut self.quiet {
             quiet.until = quiet.until.min(now + QUIET_AFTER_NS + 8 * SECOND);
         }
     }
 
-    /// Judges what was planned last, given how many gaps were new.
-    pub(super) fn judge_planned(&mut self, new_gaps: usize) -> Result<(), String> {
+    /// Judges what was planned last, given where the gaps begin that were recorded since.
+    pub(super) fn judge_planned(&mut self, new_gaps: &[SequenceNumber]) -> Result<(), String> {
         let Some(planned) = &self.planned else { return Ok(()) };
         let what = planned.what;
         if planned.misfortunes < self.misfortunes.len() {
             self.planned = None;
-        } else if new_gaps > 0 {
+        } else if new_gaps.iter().any(|after| *after >= planned.through) {
             return Err(format!("a {what:?} in order opened a gap although nothing else happened"));
         } else if planned.at + QUIET_AFTER_NS < self.time.now() {
             self.planned = None;

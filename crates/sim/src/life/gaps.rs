@@ -45,7 +45,7 @@ const LINK: &[Fault] = &[
     Fault::OpeningFailed,
 ];
 /// Another server continues the chain, or the same one without knowing that it was the last: it did not learn that it won
-/// its generation's name, or had not yet noted it durably.
+/// its generation's name, or had not yet noted it durably. A machine that came home is new to whoever takes its branch over.
 const TAKEN_OVER: &[Fault] = &[
     Fault::MovedByForce,
     Fault::ServerLost,
@@ -53,6 +53,7 @@ const TAKEN_OVER: &[Fault] = &[
     Fault::ServerPowerCut,
     Fault::OpeningFailed,
     Fault::FailoverCancelled,
+    Fault::SiteLost,
 ];
 /// A disk joins.
 const JOINED: &[Fault] = &[Fault::DiskAdded, Fault::DiskGrown, Fault::DiskUsedMeanwhile];
@@ -68,8 +69,6 @@ fn misfortunes_for(cause: &str) -> Option<(&'static [Fault], &'static [Fault], &
         "a process server took over" | "another process server took over" => {
             (TAKEN_OVER, AGENT, &[Fault::MovedDrained])
         }
-        // Once more, if nothing is in the vault yet.
-        "initial replication" => (TAKEN_OVER, AGENT, &[Fault::MovedDrained]),
         // A crash loses nothing that was acknowledged; only the loss of the disk does.
         "the process server's journal was lost" => (&[Fault::ServerLost], &[], &[]),
         "the agent was protecting into another chain" => (&[Fault::SiteLost], &[], &[]),
@@ -121,15 +120,16 @@ impl World {
 
     /// Judges the gaps that were recorded since the last time.
     pub(super) fn judge_gaps(&mut self, history: &ChainHistory) -> Result<(), String> {
-        let known = self.gaps_seen.len();
+        let mut new = Vec::new();
         for gap in history.gaps() {
             let name = (gap.after, gap.time, gap.scope.clone());
             if !self.gaps_seen.contains(&name) {
                 self.gaps_seen.insert(name);
                 self.judge_gap(&gap)?;
+                new.push(gap.after);
             }
         }
-        self.judge_planned(self.gaps_seen.len() - known)
+        self.judge_planned(&new)
     }
 
     fn judge_gap(&mut self, gap: &Gap) -> Result<(), String> {

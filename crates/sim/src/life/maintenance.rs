@@ -3,6 +3,7 @@
 //! The agent that comes goes on with the stream: no gap of the machine opens, and what joins is lacking until its own
 //! heal has ended. Points are offered meanwhile, and the judge looks at what they do not lack.
 
+use super::drain::Plan;
 use super::{Fault, SECOND, World};
 use crate::source::Maintenance;
 
@@ -52,6 +53,8 @@ impl World {
             }),
             None => self.may_open_gap(Fault::AgentRestarted),
         }
-        self.restarted_in_order(ended.kept.is_some_and(|lacking| lacking.is_empty()) && joins.is_none());
+        if ended.kept.is_some_and(|lacking| lacking.is_empty()) && joins.is_none() {
+            self.done_as_planned(Plan::Restart, ended.through);
+        }
     }
 }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use replication::ChainId;
 
-use super::standing::{Closed, Holder, Phase};
+use super::standing::{Closed, Holder, Phase, Standing};
 use super::writer::cut_text;
 use super::{ChainHistory, ChainWriter};
 use crate::error::VaultError;
@@ -56,13 +56,15 @@ impl<'a> ChainControl<'a> {
         })
     }
 
-    /// Takes the failover of a closed chain back: the next process server opens a generation and heals.
+    /// Takes the failover of a closed chain back: the next process server opens a generation and heals. Done already is
+    /// done: whoever did not hear the answer asks again.
     ///
     /// # Errors
     /// [`VaultError::WrongChainState`] if the chain is not closed, [`VaultError::ChainClosed`] if that was committed.
     pub fn cancel(&self, chain: ChainId, reason: &str) -> Result<ChainHistory, VaultError> {
-        self.decide(chain, |history| {
-            Ok(Some(ManifestKind::Cancel { close: close_of(history)?.close.nonce, reason: cut_text(reason) }))
+        self.decide(chain, |history| match history.standing {
+            Standing { phase: Phase::Open, cancelled: Some(_), .. } => Ok(None),
+            _ => Ok(Some(ManifestKind::Cancel { close: close_of(history)?.close.nonce, reason: cut_text(reason) })),
         })
     }
 

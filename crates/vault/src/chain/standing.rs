@@ -54,6 +54,8 @@ pub struct Standing {
     pub holder: Holder,
     /// Whether it takes history.
     pub phase: Phase,
+    /// The failover that was taken back last, unless another has begun since.
+    pub cancelled: Option<Closed>,
 }
 
 impl Standing {
@@ -61,7 +63,7 @@ impl Standing {
     pub(crate) fn begun(kind: &ManifestKind, authority: Authority) -> Option<Standing> {
         let ManifestKind::Genesis { parent, .. } = kind else { return None };
         let holder = if parent.is_some() { Holder::BranchHosts } else { Holder::ProcessServers };
-        authority.is(holder.role()).then_some(Standing { holder, phase: Phase::Open })
+        authority.is(holder.role()).then_some(Standing { holder, phase: Phase::Open, cancelled: None })
     }
 
     /// Where it stands after one more manifest of this kind; `None` if its writer may not say that now.
@@ -73,7 +75,10 @@ impl Standing {
             }
             (Phase::Open, ManifestKind::Close { successor, seconds, .. }) => {
                 let closed = Closed { close: link, successor: *successor, seconds: *seconds };
-                (operator && self.holder == Holder::ProcessServers, Standing { phase: Phase::Closed(closed), ..self })
+                (
+                    operator && self.holder == Holder::ProcessServers,
+                    Standing { phase: Phase::Closed(closed), cancelled: None, ..self },
+                )
             }
             (Phase::Open, ManifestKind::HandOver) => (
                 self.holder == Holder::BranchHosts && (operator || authority.is(WriterRole::BranchHost)),
@@ -83,7 +88,8 @@ impl Standing {
                 (operator && *close == closed.close.nonce, Standing { phase: Phase::Ended(closed), ..self })
             }
             (Phase::Closed(closed), ManifestKind::Cancel { close, .. }) => {
-                (operator && *close == closed.close.nonce, Standing { phase: Phase::Open, ..self })
+                let open = Standing { phase: Phase::Open, cancelled: Some(closed), ..self };
+                (operator && *close == closed.close.nonce, open)
             }
             _ => return None,
         };
