@@ -12,6 +12,7 @@
 
 mod commit;
 mod gaps;
+mod greet;
 mod heal;
 mod open;
 
@@ -35,9 +36,10 @@ use crate::journal::JournalError;
 
 use commit::{Flying, Pending};
 use gaps::OpenGap;
+pub use greet::Greeted;
+use greet::Renewal;
 use heal::HealSink;
-use open::Renewal;
-pub use open::{Greeted, OpenError};
+pub use open::OpenError;
 
 /// What all chains of a process server share.
 #[derive(Clone)]

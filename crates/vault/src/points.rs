@@ -141,7 +141,7 @@ impl<'a> Points<'a> {
             Moment::Back(seconds) => {
                 let time = self.history.proven_through.0.saturating_sub(seconds.saturating_mul(1_000_000_000));
                 let time = PointTime(time);
-                self.at(time, &format!("the state {seconds} s before the newest proven moment, at {},", wall(time)))
+                self.at(time, &format!("the state {seconds} s before the newest proven moment ({})", wall(time)))
             }
             Moment::Sequence(sequence) => {
                 let asked = format!("position {sequence}");
