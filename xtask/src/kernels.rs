@@ -8,6 +8,7 @@ mod archive;
 mod guest;
 mod package;
 
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -49,6 +50,9 @@ const MODULES: &[&str] = &["drivers/block/loop"];
 
 /// Emulation is about ten times slower than this machine, and the machine may be busy.
 const LIMIT: Duration = Duration::from_secs(900);
+
+/// Size of the disk for temporary files; only what is written takes room.
+const DISK_BYTES: u64 = 4 << 30;
 
 /// How the tests of one kernel ended.
 #[derive(Debug)]
@@ -160,7 +164,11 @@ fn run(kernel: &Kernel, programs: &[PathBuf], target: &Path) -> Result<Outcome> 
     files.bytes("init", guest::init(&lines).as_bytes())?;
     let initramfs = folder.join("initramfs");
     files.finish(&initramfs)?;
-    let console = Guest { kernel: &kernel.image, initramfs: &initramfs }.run(LIMIT)?;
+    let disk = folder.join("disk");
+    File::create(&disk).and_then(|file| file.set_len(DISK_BYTES)).context("cannot make the guest's disk")?;
+    let console = Guest { kernel: &kernel.image, initramfs: &initramfs, disk: &disk }.run(LIMIT);
+    fs::remove_file(&disk).context("cannot remove the guest's disk")?;
+    let console = console?;
     let judged = guest::judge(&console, PROGRAMS.len());
     if judged.is_err() {
         println!("{console}");

@@ -27,7 +27,8 @@ export PATH=/sbin:/bin
 mount -t proc none /proc
 mount -t sysfs none /sys
 mount -t devtmpfs none /dev
-mount -t tmpfs none /tmp
+mkfs.ext4 -q -F /dev/nvme0n1
+mount -t ext4 /dev/nvme0n1 /tmp
 mount -t bpf none /sys/fs/bpf
 ln -s /proc/mounts /etc/mtab
 ip link set lo up
@@ -55,6 +56,8 @@ poweroff -f
 pub(super) struct Guest<'a> {
     pub(super) kernel: &'a Path,
     pub(super) initramfs: &'a Path,
+    /// An image that becomes its folder for temporary files: disks of tests in memory know less than others.
+    pub(super) disk: &'a Path,
 }
 
 impl Guest<'_> {
@@ -71,6 +74,9 @@ impl Guest<'_> {
             .arg(self.kernel)
             .arg("-initrd")
             .arg(self.initramfs)
+            .arg("-drive")
+            .arg(format!("if=none,id=disk,format=raw,cache=unsafe,discard=unmap,file={}", self.disk.display()))
+            .args(["-device", "nvme,drive=disk,serial=temporary"])
             .args(["-append", "console=ttyS0 panic=-1 quiet"])
             .arg("-serial")
             .arg(format!("file:{}", console.display()))

@@ -12,7 +12,7 @@
 //! * [`kernel`]: shared memory, the ring, system calls; all `unsafe` of this capture. [`assemble`]: records to requests.
 //! * [`reading`]: what of the ring is handed out. [`epochs`]: the maps of each epoch.
 //! * [`ledger`]: what an agent keeps for its successor. [`pins`]: where, and who has it. [`grace`]: when an epoch can be read by nobody any more.
-//! * [`support`]: what this machine and these disks offer.
+//! * [`support`]: what this machine and these disks offer. [`types`]: what the kernel says of its tracepoints.
 //!
 //! Everything lives in kernel memory pinned in the BPF file system, so a killed agent loses nothing: its successor goes on
 //! where the ring was released, and if the ring overflowed meanwhile, the maps say what to heal. A reboot loses all of it,
@@ -50,6 +50,7 @@ mod reading;
 pub mod support;
 #[cfg(test)]
 mod tests;
+mod types;
 
 use assemble::Assembler;
 use epochs::{slot_of, unstreamed};

@@ -55,10 +55,15 @@ pub fn check_machine() -> Result<(), String> {
     if lacks.is_empty() { Ok(()) } else { Err(lacks.join("; ")) }
 }
 
+/// Whether this kernel is new enough for one record a bio.
+pub(super) fn has_large_records() -> bool {
+    kernel_release().is_some_and(|release| release >= DYNPTR)
+}
+
 fn kernel_found() -> Finding {
     let named = rustix::system::uname().release().to_string_lossy().into_owned();
     match kernel_release() {
-        Some(release) if release >= DYNPTR => Finding::good("kernel", format!("Linux {named}")),
+        Some(_) if has_large_records() => Finding::good("kernel", format!("Linux {named}")),
         Some(release) if release >= OLDEST => {
             Finding::good("kernel", format!("Linux {named}: small records, large writes cost more"))
         }

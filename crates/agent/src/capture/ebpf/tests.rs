@@ -27,6 +27,17 @@ fn skip(test: &str, why: &str) {
     }
 }
 
+/// Whether `variant` can be tested here; a note if not.
+fn can_test(test: &str, variant: Variant) -> bool {
+    let can = variant == Variant::Bounded || support::has_large_records();
+    if !can {
+        skip(&format!("large records/{test}"), "this kernel is older than 5.19");
+    }
+    can
+}
+
+const ANY_VARIANT: [Variant; 2] = [Variant::Dynptr, Variant::Bounded];
+
 /// A loop device and a place for pins, both gone when this is dropped.
 struct Bench {
     folder: tempfile::TempDir,
@@ -57,7 +68,7 @@ impl Bench {
         Some(Bench { folder, device, pins })
     }
 
-    fn open(&self, variant: Variant, ring_bytes_max: u64) -> EbpfCapture {
+    fn open(&self, variants: &[Variant], ring_bytes_max: u64) -> EbpfCapture {
         let geometry = DiskGeometry {
             disk: DiskId(5),
             identity: DiskIdentity { serial: "loop".to_owned(), fingerprint: [0; 16] },
@@ -71,7 +82,7 @@ impl Bench {
             machine: MachineId([1; 16]),
             pins: self.pins.clone(),
             ring_bytes_max,
-            variants: vec![variant],
+            variants: variants.to_vec(),
         };
         EbpfCapture::open(vec![disk], Arc::new(SystemClock), &config).unwrap_or_else(|error| panic!("{error:?}"))
     }
@@ -176,8 +187,11 @@ fn drain(capture: &mut EbpfCapture, replica: &mut [u8]) -> usize {
 }
 
 fn streams_what_is_written(test: &str, variant: Variant) {
+    if !can_test(test, variant) {
+        return;
+    }
     let Some(bench) = Bench::new(test) else { return };
-    let mut capture = bench.open(variant, 32 << 20);
+    let mut capture = bench.open(&[variant], 32 << 20);
     assert_eq!(capture.continuity(), Continuity::Fresh);
     let file = bench.file();
     file.write_all_at(Aligned::random(8192).bytes(), 0).expect("written");
@@ -237,8 +251,11 @@ fn small_records_carry_every_write() {
 }
 
 fn a_full_ring_breaks_and_resumes(test: &str, variant: Variant) {
+    if !can_test(test, variant) {
+        return;
+    }
     let Some(bench) = Bench::new(test) else { return };
-    let mut capture = bench.open(variant, RING_BYTES_MIN);
+    let mut capture = bench.open(&[variant], RING_BYTES_MIN);
     let epoch = rotate(&mut capture, Mode::Stream);
     capture.fold(epoch);
     capture.clear_heal_set();
@@ -295,7 +312,7 @@ fn a_full_ring_of_small_records_breaks_and_resumes() {
 #[test]
 fn a_successor_finds_ring_and_maps() {
     let Some(bench) = Bench::new("a_successor_finds_ring_and_maps") else { return };
-    let mut capture = bench.open(Variant::Dynptr, 32 << 20);
+    let mut capture = bench.open(&ANY_VARIANT, 32 << 20);
     let epoch = rotate(&mut capture, Mode::Stream);
     capture.fold(epoch);
     capture.clear_heal_set();
@@ -320,7 +337,7 @@ fn a_successor_finds_ring_and_maps() {
     drop(capture);
     file.write_all_at(third.bytes(), 65_536).expect("written");
 
-    let mut successor = bench.open(Variant::Dynptr, 32 << 20);
+    let mut successor = bench.open(&ANY_VARIANT, 32 << 20);
     assert_eq!((successor.continuity(), successor.resumption()), (Continuity::SameBoot, Some(kept)));
     let data = |captured: &Captured| match &captured.kinds[0] {
         ChangeKind::Write { data, .. } => data.to_vec(),
@@ -333,7 +350,7 @@ fn a_successor_finds_ring_and_maps() {
     // The stream broke: the next one gets the maps and nothing of the ring.
     successor.keep(None);
     drop(successor);
-    let mut heir = bench.open(Variant::Dynptr, 32 << 20);
+    let mut heir = bench.open(&ANY_VARIANT, 32 << 20);
     assert_eq!((heir.continuity(), heir.resumption()), (Continuity::SameBoot, None));
     assert!(heir.next().is_none());
     let next = rotate(&mut heir, Mode::Stream);
@@ -341,7 +358,7 @@ fn a_successor_finds_ring_and_maps() {
     assert_eq!(heir.heal_set(DiskId(5)), [ByteRange::new(0, 131_072)]);
     drop(heir);
     // Another ring is another capture: what is pinned does not fit and is taken down.
-    assert_eq!(bench.open(Variant::Dynptr, 16 << 20).continuity(), Continuity::Fresh);
+    assert_eq!(bench.open(&ANY_VARIANT, 16 << 20).continuity(), Continuity::Fresh);
 }
 
 fn described(disk: u16, path: &Path) -> EbpfDisk {
@@ -358,7 +375,7 @@ fn described(disk: u16, path: &Path) -> EbpfDisk {
 }
 
 fn capture_of(bench: &Bench, disks: Vec<EbpfDisk>) -> EbpfCapture {
-    capture_with(bench, disks, vec![Variant::Dynptr, Variant::Bounded])
+    capture_with(bench, disks, ANY_VARIANT.to_vec())
 }
 
 fn capture_with(bench: &Bench, disks: Vec<EbpfDisk>, variants: Vec<Variant>) -> EbpfCapture {
@@ -437,6 +454,9 @@ fn partition(bench: &Bench, number: u32, start: u64, sectors: u64) -> Option<Pat
 }
 
 fn partitions_side_by_side(variant: Variant, test: &str) {
+    if !can_test(test, variant) {
+        return;
+    }
     let Some(bench) = Bench::new(test) else { return };
     let (Some(one), Some(two)) = (partition(&bench, 2, 32_768, 32_768), partition(&bench, 3, 65_536, 32_768)) else {
         return skip(test, "no partition can be made on a loop device");
