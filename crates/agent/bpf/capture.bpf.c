@@ -181,6 +181,23 @@ struct {
 	__type(value, struct ledger);
 } ledger SEC(".maps");
 
+#ifdef PLANTED
+/*
+ * Mistakes for tests, in an object of their own: what checks the capture must notice each of them. Every
+ * `planted_every`th time, what `planted` says is forgotten.
+ */
+enum plant { PLANT_WRITE = 1, PLANT_COMPLETION, PLANT_UNCOMMITTED, PLANT_UNSTREAMED, PLANT_GAP };
+const volatile __u32 planted = 0, planted_every = 1;
+__u64 planted_times = 0;
+
+static __always_inline bool plants(__u32 plant)
+{
+	return planted == plant && !(++planted_times % (planted_every ? planted_every : 1));
+}
+#else
+#define plants(plant) false
+#endif
+
 #define READ_ONCE(x) (*(volatile typeof(x) *)&(x))
 #define WRITE_ONCE(x, value) (*(volatile typeof(x) *)&(x) = (value))
 
@@ -280,7 +297,7 @@ static __always_inline bool mark(struct control *c, __u64 first_cell, __u64 star
 		sector = start;
 	if (stop > end)
 		stop = end;
-	if (sector >= stop)
+	if (sector >= stop || plants(map & 1 ? PLANT_UNCOMMITTED : PLANT_UNSTREAMED))
 		return true;
 	__u32 shift = (c->granule_shift - SECTOR_SHIFT) & 31;
 	__u64 base = map * c->map_cells + first_cell;
@@ -330,6 +347,8 @@ static __always_inline void mark_unstreamed(struct control *c, struct cpu *cpu, 
 /* The stream lacks something from ring position `at` on. */
 static __always_inline void break_stream(struct control *c, struct cpu *cpu, __u64 at, const __u32 cause)
 {
+	if (plants(PLANT_GAP))
+		return;
 	/* One that is there already is older, and the agent takes it before it opens another epoch. */
 	if (!READ_ONCE(cpu->broken_at))
 		WRITE_ONCE(cpu->broken_at, at + 1);
@@ -648,6 +667,8 @@ static __always_inline int submitted(struct bio *bio, const bool loops)
 		return 0;
 	}
 
+	if (plants(PLANT_WRITE))
+		return 0;
 	WRITE_ONCE(cpu->busy, 1);
 	cpu->appends_at = position();
 	w->head = (struct record){
@@ -713,6 +734,8 @@ static __always_inline struct flight *flight_of(__u64 key, __u64 sector, __u32 b
 
 static __always_inline void end_flight(struct cpu *cpu, __u64 key, __u32 slot)
 {
+	if (plants(PLANT_COMPLETION))
+		return;
 	bpf_map_delete_elem(&flights, &key);
 	count(cpu->completed, slot);
 }

@@ -45,7 +45,11 @@ mod kernel;
 mod layout;
 mod ledger;
 mod loader;
+#[cfg(test)]
+mod oracle;
 mod pins;
+#[cfg(test)]
+mod planted;
 mod reading;
 pub mod support;
 #[cfg(test)]
@@ -56,7 +60,7 @@ use assemble::Assembler;
 use epochs::{slot_of, unstreamed};
 use grace::Grace;
 use layout::{Control, Cpu, GAP_CAUSES, MAPS_PER_DISK, PARTS_MAX, SLOTS, Target, WORD_SHIFT, WORD_TRACK};
-use loader::Installed;
+use loader::{Installed, Object};
 use reading::cause_of;
 
 pub use pins::{DetachError, detach};
@@ -248,6 +252,15 @@ impl EbpfCapture {
         clock: Arc<dyn Clock>,
         config: &EbpfConfig,
     ) -> Result<EbpfCapture, OpenEbpfError> {
+        EbpfCapture::open_object(disks, clock, config, &loader::object())
+    }
+
+    fn open_object(
+        disks: Vec<EbpfDisk>,
+        clock: Arc<dyn Clock>,
+        config: &EbpfConfig,
+        object: &Object<'_>,
+    ) -> Result<EbpfCapture, OpenEbpfError> {
         support::check_machine().map_err(OpenEbpfError::Unsupported)?;
         let mounted = support::provide_pin_directory(&config.pins);
         let pinned = |source| OpenEbpfError::Pins { path: config.pins.clone(), source };
@@ -294,7 +307,7 @@ impl EbpfCapture {
         let is_adopted = adopted.is_some();
         let installed = match adopted {
             Some(installed) => installed,
-            None => loader::install(&config.pins, &shape, &targets, &config.variants)
+            None => loader::install(&config.pins, &shape, &targets, &config.variants, object)
                 .inspect_err(|_| drop(pins::remove(&config.pins)))?,
         };
         EbpfCapture::around(installed, lock, opened, shape, scale, clock, is_adopted)

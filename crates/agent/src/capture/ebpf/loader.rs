@@ -30,6 +30,17 @@ use super::{OpenEbpfError, Shape, Variant};
 /// The programs, built from `bpf/capture.bpf.c`; `cargo xtask bpf --check` compares.
 static OBJECT: &[u8] = aya::include_bytes_aligned!("../../../bpf/capture.bpf.o");
 
+/// Programs to load, and what is set in them besides what the kernel decides. Tests have others with mistakes.
+pub(super) struct Object<'a> {
+    pub(super) bytes: &'a [u8],
+    pub(super) settings: &'a [(&'static str, u32)],
+}
+
+/// The one.
+pub(super) fn object() -> Object<'static> {
+    Object { bytes: OBJECT, settings: &[] }
+}
+
 const MAPS: [&str; 7] = ["ring", "control", "cpus", "dirty", "ledger", "targets", "flights"];
 /// System calls after which calibration is given up: 256 GiB of addresses each, so 256 TiB.
 const CALIBRATION_CALLS: usize = 1024;
@@ -112,6 +123,7 @@ pub(super) fn install(
     shape: &Shape,
     targets: &[(u64, Target)],
     variants: &[Variant],
+    object: &Object<'_>,
 ) -> Result<Installed, OpenEbpfError> {
     kernel::lift_memory_limit();
     let pinned = |error| OpenEbpfError::Pins { path: directory.to_owned(), source: error };
@@ -119,7 +131,7 @@ pub(super) fn install(
     fs::create_dir_all(directory).map_err(pinned)?;
     let mut refusals = Vec::new();
     for variant in variants {
-        let mut ebpf = load(shape, &btf)?;
+        let mut ebpf = load(shape, &btf, object)?;
         match programs(&mut ebpf, &btf, *variant) {
             Ok(()) => {
                 let installed = pin_and_open(&ebpf, directory, shape, *variant).map_err(pinned)?;
@@ -135,7 +147,7 @@ pub(super) fn install(
     Err(OpenEbpfError::Refused(refusals.join("; ")))
 }
 
-fn load(shape: &Shape, btf: &Btf) -> Result<Ebpf, OpenEbpfError> {
+fn load(shape: &Shape, btf: &Btf, object: &Object<'_>) -> Result<Ebpf, OpenEbpfError> {
     let cpus = possible_cpus().map_err(OpenEbpfError::System)? as u32;
     let types = fs::read(types::OF_THE_KERNEL).map_err(OpenEbpfError::System)?;
     let queue_before = |tracepoint: &str| match types::arguments_of(&types, tracepoint) {
@@ -143,14 +155,18 @@ fn load(shape: &Shape, btf: &Btf) -> Result<Ebpf, OpenEbpfError> {
         None => Err(OpenEbpfError::Btf(format!("it does not tell the arguments of the tracepoint {tracepoint}"))),
     };
     let (before_bio, before_request) = (queue_before("block_bio_queue")?, queue_before("block_rq_issue")?);
-    EbpfLoader::new()
+    let mut loader = EbpfLoader::new();
+    for (name, value) in object.settings {
+        loader.override_global(name, value, true);
+    }
+    loader
         .btf(Some(btf))
         .map_max_entries("ring", u32::try_from(shape.ring_bytes).map_err(|_| OpenEbpfError::RingSize)?)
         .map_max_entries("cpus", cpus)
         .map_max_entries("dirty", (shape.dirty_bytes() / 8) as u32)
         .override_global("queue_before_bio", &before_bio, true)
         .override_global("queue_before_request", &before_request, true)
-        .load(OBJECT)
+        .load(object.bytes)
         .map_err(|error| OpenEbpfError::Refused(chain(&error)))
 }
 
