@@ -736,8 +736,9 @@ static __always_inline void end_flight(struct cpu *cpu, __u64 key, __u32 slot)
 {
 	if (plants(PLANT_COMPLETION))
 		return;
-	bpf_map_delete_elem(&flights, &key);
-	count(cpu->completed, slot);
+	/* The last two parts of a bio may end on two CPUs at once: one of them takes the flight away, and counts. */
+	if (!bpf_map_delete_elem(&flights, &key))
+		count(cpu->completed, slot);
 }
 
 static __always_inline int complete_bio(struct walk *walk, const bool loops)

@@ -156,9 +156,8 @@ fn write_down(kinds: &[ChangeKind], first: usize, stream: &Path) -> std::io::Res
     let device = OpenOptions::new().write(true).open(stream)?;
     let mut out = BufWriter::new(&device);
     out.write_all(b"FSSTREAM")?;
-    let words = |out: &mut BufWriter<_>, words: &[u64]| {
-        words.iter().try_for_each(|word| out.write_all(&word.to_le_bytes()))
-    };
+    let words =
+        |out: &mut BufWriter<_>, words: &[u64]| words.iter().try_for_each(|word| out.write_all(&word.to_le_bytes()));
     words(&mut out, &[first as u64, kinds.len() as u64])?;
     for kind in kinds {
         match kind {
