@@ -11,6 +11,8 @@ mod package;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::Mutex;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -50,6 +52,9 @@ const MODULES: &[&str] = &["drivers/block/loop"];
 
 /// Emulation is about ten times slower than this machine, and the machine may be busy.
 const LIMIT: Duration = Duration::from_secs(900);
+
+/// A guest has two processors, and uses little more than one.
+const GUESTS_AT_A_TIME: usize = 2;
 
 /// How the tests of one kernel ended.
 #[derive(Debug)]
@@ -125,25 +130,33 @@ pub(crate) fn run_all() -> Result<bool> {
 /// A test failed in one of them, or the two records of its writes differ.
 pub(crate) fn run_each(cargo: Command, target: &Path) -> Result<Vec<String>> {
     let programs = test_programs(cargo)?;
-    let (mut skips, mut failed) = (Vec::new(), Vec::new());
+    let (mut skips, mut kernels, mut failed) = (Vec::new(), Vec::new(), Vec::new());
     for series in SERIES {
-        let kernel = match fetch(series, target) {
-            Ok(kernel) => kernel,
-            Err(error) => {
-                skips.push(format!("kernel/{}: {error:#}", series.name));
-                continue;
-            }
-        };
-        let since = Instant::now();
-        match run(&kernel, &programs, target) {
+        match fetch(series, target) {
+            Ok(kernel) => kernels.push((series.name, kernel)),
+            Err(error) => skips.push(format!("kernel/{}: {error:#}", series.name)),
+        }
+    }
+    let (waiting, done) = (Mutex::new(kernels.into_iter()), Mutex::new(Vec::new()));
+    let work = || {
+        let next = || waiting.lock().expect("nobody panics with it").next();
+        while let Some((series, kernel)) = next() {
+            let since = Instant::now();
+            let outcome = run(&kernel, &programs, &folder(target).join(format!("guest-{series}")));
+            done.lock().expect("nobody panics with it").push((series, kernel.release, outcome, since.elapsed()));
+        }
+    };
+    thread::scope(|scope| (0..GUESTS_AT_A_TIME).for_each(|_| drop(scope.spawn(work))));
+    for (series, release, outcome, took) in done.into_inner().expect("nobody panicked with it") {
+        match outcome {
             Ok(outcome) => {
-                let (release, seconds) = (&kernel.release, since.elapsed().as_secs());
-                println!("Linux {release}: {} tests passed in {seconds} s; {}", outcome.passed, outcome.compared);
+                let (passed, compared) = (outcome.passed, outcome.compared);
+                println!("Linux {release}: {passed} tests passed in {} s; {compared}", took.as_secs());
                 skips.extend(outcome.skips);
             }
             Err(error) => {
-                println!("Linux {}: {error:#}", series.name);
-                failed.push(series.name);
+                println!("Linux {release}: {error:#}");
+                failed.push(series);
             }
         }
     }
@@ -151,12 +164,11 @@ pub(crate) fn run_each(cargo: Command, target: &Path) -> Result<Vec<String>> {
     Ok(skips)
 }
 
-/// Boots `kernel` with `programs` and has it run them.
+/// Boots `kernel` with `programs` and has it run them; files are made in `folder`.
 ///
 /// # Errors
 /// A test failed, or the guest did not get through; its console has been shown.
-fn run(kernel: &Kernel, programs: &[PathBuf], target: &Path) -> Result<Outcome> {
-    let folder = folder(target);
+fn run(kernel: &Kernel, programs: &[PathBuf], folder: &Path) -> Result<Outcome> {
     let files = Archive::new(folder.join("files"))?;
     files.program(&find_program("busybox").context("there is no busybox")?, "bin/busybox")?;
     for name in TOOLS {

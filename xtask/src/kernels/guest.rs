@@ -122,7 +122,7 @@ impl Guest<'_> {
         command
             .env("PATH", search_path())
             // Emulated, because nested virtualisation is seldom there and differs where it is.
-            .args(["-accel", "tcg,thread=multi", "-cpu", "qemu64", "-smp", "2", "-m", "2048"])
+            .args(["-accel", "tcg,thread=multi", "-cpu", "qemu64", "-smp", "2", "-m", "1024"])
             .args(["-nodefaults", "-display", "none", "-no-reboot"])
             .arg("-kernel")
             .arg(self.kernel)

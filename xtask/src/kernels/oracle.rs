@@ -214,7 +214,12 @@ pub(super) fn compare(log: &Log<'_>, stream: &Stream<'_>) -> Result<Compared> {
 mod tests {
     use super::*;
 
-    fn logged(entries: &[(u64, u64, u64, u8)]) -> Vec<u8> {
+    /// An entry of a log: sector, sectors, flags, the byte it is full of.
+    type Entry = (u64, u64, u64, u8);
+    /// A change of a stream: kind, sector, sectors, the byte it is full of.
+    type Change = (u64, u64, u64, u8);
+
+    fn logged(entries: &[Entry]) -> Vec<u8> {
         let mut bytes: Vec<u8> = [LOG_MAGIC, LOG_VERSION, entries.len() as u64, 512].map(u64::to_le_bytes).concat();
         for (sector, sectors, flags, fill) in entries {
             bytes.resize(bytes.len().next_multiple_of(SECTOR), 0);
@@ -228,7 +233,7 @@ mod tests {
         bytes
     }
 
-    fn streamed(first: u64, changes: &[(u64, u64, u64, u8)]) -> Vec<u8> {
+    fn streamed(first: u64, changes: &[Change]) -> Vec<u8> {
         let mut bytes = [&STREAM_MAGIC[..], &[first, changes.len() as u64].map(u64::to_le_bytes).concat()].concat();
         for (kind, sector, sectors, fill) in changes {
             bytes.extend([*kind, sector * 512, sectors * 512].map(u64::to_le_bytes).concat());
@@ -245,7 +250,7 @@ mod tests {
     }
 
     /// Sectors 0 to 3, joined; flush; sector 1 again and a discard; flush; zeroes.
-    const LOGGED: &[(u64, u64, u64, u8)] =
+    const LOGGED: &[Entry] =
         &[(0, 4, 0, 7), (0, 0, FLUSH, 0), (8, 2, DISCARD, 0), (1, 1, 0, 9), (0, 0, FLUSH, 0), (2, 2, 0, 0)];
 
     #[test]
@@ -257,7 +262,7 @@ mod tests {
     #[test]
     fn every_difference_is_noticed() {
         let good = [(1, 0, 4, 7), (1, 1, 1, 9), (3, 8, 2, 0), (2, 2, 2, 0)];
-        let with = |change: &dyn Fn(&mut Vec<(u64, u64, u64, u8)>)| {
+        let with = |change: &dyn Fn(&mut Vec<Change>)| {
             let mut changes = good.to_vec();
             change(&mut changes);
             differ(&logged(LOGGED), &streamed(changes.len() as u64, &changes)).unwrap_or_default()
