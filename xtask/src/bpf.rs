@@ -1,4 +1,4 @@
-//! `cargo xtask bpf`: builds the capture programs, or checks that the committed object is what their source builds to.
+//! `cargo xtask bpf`: builds the capture programs, or checks that the committed objects are what their source builds to.
 //!
 //! The object is committed because the agent embeds it and users build without clang. Another clang makes other code of
 //! the same source, so the comparison needs the version that made the object; it is written beside it.
@@ -14,7 +14,8 @@ use crate::workspace::Workspace;
 
 const FOLDER: &str = "crates/agent/bpf";
 const SOURCE: &str = "capture.bpf.c";
-const OBJECT: &str = "capture.bpf.o";
+/// What is built of it, and what the compiler is told besides: the agent's object, and that with mistakes for tests.
+const OBJECTS: [(&str, &[&str]); 2] = [("capture.bpf.o", &[]), ("planted.bpf.o", &["-DPLANTED"])];
 const BUILT_WITH: &str = "capture.bpf.built-with";
 
 /// How a check ended that found no difference.
@@ -26,17 +27,19 @@ pub(crate) enum Checked {
     Unknown(String),
 }
 
-/// Builds the object and remembers with what.
+/// Builds the objects and remembers with what.
 pub(crate) fn write() -> Result<bool> {
     let folder = Workspace::load()?.root.join(FOLDER);
     let compiler = compiler()?.context("there is no clang: cargo xtask test --only components installs it")?;
-    build(&folder, &folder.join(OBJECT))?;
+    for (object, words) in OBJECTS {
+        build(&folder, &folder.join(object), words)?;
+        println!("{FOLDER}/{object} built with {compiler}");
+    }
     fs::write(folder.join(BUILT_WITH), format!("{compiler}\n")).context("cannot write down the compiler")?;
-    println!("{FOLDER}/{OBJECT} built with {compiler}");
     Ok(true)
 }
 
-/// Builds the object beside the committed one and compares.
+/// Builds the objects beside the committed ones and compares.
 pub(crate) fn check(workspace: &Workspace) -> Result<Checked> {
     let folder = workspace.root.join(FOLDER);
     let wanted = fs::read_to_string(folder.join(BUILT_WITH)).context("cannot read with what the object was built")?;
@@ -52,12 +55,14 @@ pub(crate) fn check(workspace: &Workspace) -> Result<Checked> {
         Some(_) => {}
     }
     fs::create_dir_all(&workspace.target).context("cannot create the target directory")?;
-    let built = workspace.target.join(OBJECT);
-    build(&folder, &built)?;
-    let same = fs::read(&built).context("cannot read what was built")?
-        == fs::read(folder.join(OBJECT)).context("cannot read the committed object")?;
-    if !same {
-        bail!("{FOLDER}/{OBJECT} is not what {SOURCE} builds to: run `cargo xtask bpf` and commit the result");
+    for (object, words) in OBJECTS {
+        let built = workspace.target.join(object);
+        build(&folder, &built, words)?;
+        let same = fs::read(&built).context("cannot read what was built")?
+            == fs::read(folder.join(object)).context("cannot read the committed object")?;
+        if !same {
+            bail!("{FOLDER}/{object} is not what {SOURCE} builds to: run `cargo xtask bpf` and commit the result");
+        }
     }
     Ok(Checked::Same)
 }
@@ -77,13 +82,14 @@ fn compiler() -> Result<Option<String>> {
 }
 
 /// Compiles in `folder`, so that no path of this machine gets into the object.
-fn build(folder: &Path, output: &Path) -> Result<()> {
+fn build(folder: &Path, output: &Path, words: &[&str]) -> Result<()> {
     let machine = rustix::system::uname();
     let include = format!("-I/usr/include/{}-linux-gnu", machine.machine().to_string_lossy());
     let prefix = format!("-ffile-prefix-map={}=.", folder.display());
     let mut compile = Command::new("clang");
     compile
         .args(["-target", "bpf", "-mcpu=v3", "-O2", "-g", "-Wall", "-Werror", "-Wno-unused-function"])
+        .args(words)
         .args([&prefix, "-fdebug-compilation-dir=.", &include, "-c", SOURCE, "-o"])
         .arg(output)
         .current_dir(folder);

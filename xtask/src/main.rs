@@ -26,7 +26,7 @@ usage: cargo xtask <command> [options]
 
   test    check everything; exits non-zero if a stage fails, or in CI if a test was skipped without permission
             --only STAGE   run just this stage (repeatable); see the names with --list
-            --quick        leave out what needs a release build (simulation, demo)
+            --quick        leave out other kernels and what needs a release build (simulation, demo)
             --no-install   never install a missing component; tests that need it say SKIPPED
             --seeds N      how many seeds the simulation runs (default 25, with --quick 20)
             --list         print the stages and stop

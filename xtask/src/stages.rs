@@ -94,6 +94,7 @@ const STAGES: &[Stage] = &[
     stage("clippy", "no lint complains", clippy_stage),
     Stage { gate: true, ..stage("build", "everything builds, tests included", build_stage) },
     stage("tests", "unit, property, golden and process tests", tests_stage),
+    Stage { slow: true, ..stage("kernels", "the capture on other kernels, in guests", kernels_stage) },
     stage("doctests", "examples in the documentation", doctests_stage),
     Stage { slow: true, gate: true, ..stage("release", "the programs, optimized", release_stage) },
     Stage { slow: true, ..stage("sim", "seeded simulation of the whole product", simulation_stage) },
@@ -262,7 +263,7 @@ fn components_stage(session: &Session) -> Result<Outcome> {
     };
     components::provide(components::FOR_TESTS, permission, &session.workspace.target)?;
     if kernels::unable().is_none() {
-        for series in kernels::SERIES.iter().filter(|series| series.name == kernels::OF_TESTS) {
+        for series in kernels::SERIES {
             if let Err(error) = kernels::fetch(series, &session.workspace.target) {
                 println!("notice: no kernel {}: {error:#}", series.name);
             }
@@ -335,6 +336,17 @@ fn tests_stage(session: &Session) -> Result<Outcome> {
     }
     // The tests' failure says more than a missing report.
     outcome.and(printed)?;
+    Ok(Outcome::Passed)
+}
+
+/// With each kernel, and the emulator's own record of what was written beside what was captured.
+fn kernels_stage(session: &Session) -> Result<Outcome> {
+    if let Some(why) = kernels::unable() {
+        return Ok(session.skip(format!("kernels: {why}")));
+    }
+    let skips = kernels::run_each(session.cargo(&[]), &session.workspace.target)?;
+    skips.iter().for_each(|skip| println!("SKIPPED: {skip}"));
+    session.note(skips);
     Ok(Outcome::Passed)
 }
 
@@ -433,7 +445,13 @@ mod tests {
     fn quick_leaves_out_the_release_build_and_only_overrules_it() {
         assert_eq!(chosen(&parse(&[]).unwrap()).len(), STAGES.len());
         let quick = chosen(&parse(&["--quick"]).unwrap());
-        assert!(quick.contains(&"tests") && !quick.contains(&"release") && !quick.contains(&"demo"), "{quick:?}");
+        assert!(
+            quick.contains(&"tests")
+                && !quick.contains(&"kernels")
+                && !quick.contains(&"release")
+                && !quick.contains(&"demo"),
+            "{quick:?}"
+        );
         assert_eq!(chosen(&parse(&["--quick", "--only", "sim", "--only", "fmt"]).unwrap()), ["fmt", "sim"]);
     }
 

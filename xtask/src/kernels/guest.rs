@@ -1,13 +1,12 @@
 //! An emulated machine that runs test programs and ends, and what its console says.
 
-use std::fs;
+use std::fs::{self, File};
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 
-use super::Outcome;
 use crate::process::search_path;
 
 /// Begins the lines of the console that are ours.
@@ -27,7 +26,15 @@ export PATH=/sbin:/bin
 mount -t proc none /proc
 mount -t sysfs none /sys
 mount -t devtmpfs none /dev
-mount -t tmpfs none /tmp
+disk_of() {{
+	for folder in /sys/block/nvme*n1; do
+		case "$(cat $folder/device/serial 2>/dev/null)" in $1*) echo /dev/${{folder##*/}} ;; esac
+	done
+}}
+until [ "$(disk_of {TEMPORARY})" ] && [ "$(disk_of {LOGGED})" ] && [ "$(disk_of {STREAM})" ]; do sleep 0.1; done
+mkfs.ext4 -q -F $(disk_of {TEMPORARY})
+mount -t ext4 $(disk_of {TEMPORARY}) /tmp
+export FARSHORE_LOGGED_DISK=$(disk_of {LOGGED}) FARSHORE_STREAM_DISK=$(disk_of {STREAM})
 mount -t bpf none /sys/fs/bpf
 ln -s /proc/mounts /etc/mtab
 ip link set lo up
@@ -50,28 +57,83 @@ poweroff -f
     )
 }
 
+/// The disks of a guest, by serial number: for temporary files (loop devices on files in memory know less than others),
+/// the one whose requests are logged, the one for what was captured of it.
+const TEMPORARY: &str = "temporary";
+const LOGGED: &str = "logged";
+const STREAM: &str = "stream";
+
+/// Sizes in bytes; only what is written takes room.
+const DISKS: [(&str, u64); 3] = [(TEMPORARY, 4 << 30), (LOGGED, 128 << 20), (STREAM, 512 << 20)];
+
 /// What is booted.
 #[derive(Debug)]
 pub(super) struct Guest<'a> {
     pub(super) kernel: &'a Path,
+    /// Files of the guest are made beside it, with its name.
     pub(super) initramfs: &'a Path,
 }
 
+/// What a guest left.
+#[derive(Debug)]
+pub(super) struct Left {
+    pub(super) console: String,
+    /// The emulator's log of the requests to one of the disks.
+    pub(super) log: Vec<u8>,
+    /// What was captured there.
+    pub(super) stream: Vec<u8>,
+}
+
 impl Guest<'_> {
-    /// Runs the machine until it switches itself off and returns what its console said.
-    pub(super) fn run(&self, limit: Duration) -> Result<String> {
+    /// Runs the machine until it switches itself off.
+    pub(super) fn run(&self, limit: Duration) -> Result<Left> {
+        let file = |name: &str| self.initramfs.with_extension(name);
+        for (name, bytes) in DISKS.into_iter().chain([("log", 0)]) {
+            let made = File::create(file(name)).and_then(|file| file.set_len(bytes));
+            made.with_context(|| format!("cannot make {}", file(name).display()))?;
+        }
+        let console = self.boot(limit)?;
+        let bytes = |name: &str| fs::read(file(name)).with_context(|| format!("cannot read {}", file(name).display()));
+        let left = Left { console, log: bytes("log")?, stream: bytes(STREAM)? };
+        for name in DISKS.map(|(name, _)| name).into_iter().chain(["log"]) {
+            fs::remove_file(file(name)).with_context(|| format!("cannot remove {}", file(name).display()))?;
+        }
+        Ok(left)
+    }
+
+    /// Its console.
+    fn boot(&self, limit: Duration) -> Result<String> {
+        let file = |name: &str| self.initramfs.with_extension(name).display().to_string();
         let console = self.initramfs.with_extension("console");
+        let raw = |node: &str, name: &str| {
+            let file = file(name);
+            format!(
+                "driver=raw,node-name={node},discard=unmap,file.driver=file,file.discard=unmap,file.filename={file}"
+            )
+        };
+        let nodes = [
+            raw("temporary", TEMPORARY),
+            raw("behind", LOGGED),
+            raw("log", "log"),
+            "driver=blklogwrites,node-name=logged,discard=unmap,file=behind,log=log,log-sector-size=512".to_owned(),
+            raw("stream", STREAM),
+        ];
         let mut command = Command::new("qemu-system-x86_64");
         command
             .env("PATH", search_path())
             // Emulated, because nested virtualisation is seldom there and differs where it is.
-            .args(["-accel", "tcg,thread=multi", "-cpu", "qemu64", "-smp", "2", "-m", "2048"])
+            .args(["-accel", "tcg,thread=multi", "-cpu", "qemu64", "-smp", "2", "-m", "1024"])
             .args(["-nodefaults", "-display", "none", "-no-reboot"])
             .arg("-kernel")
             .arg(self.kernel)
             .arg("-initrd")
             .arg(self.initramfs)
-            .args(["-append", "console=ttyS0 panic=-1 quiet"])
+            .args(nodes.iter().flat_map(|node| ["-blockdev", node]))
+            .args(
+                DISKS.map(|(name, _)| format!("nvme,drive={name},serial={name}")).iter().flat_map(|it| ["-device", it]),
+            )
+            // What is captured behind several paths to a namespace is not seen to end: the agent refuses them.
+            .args(["-append", "console=ttyS0 panic=-1 quiet nvme_core.multipath=N"])
             .arg("-serial")
             .arg(format!("file:{}", console.display()))
             .stdin(Stdio::null());
@@ -99,11 +161,11 @@ fn read(console: &Path) -> Result<String> {
     Ok(String::from_utf8_lossy(&bytes).replace('\r', ""))
 }
 
-/// What the console of a guest that ran `programs` test programs says.
+/// How many tests passed in a guest that ran `programs` test programs, and the skips, as its console says.
 ///
 /// # Errors
 /// It did not get to its end, or a program failed or ran nothing.
-pub(super) fn judge(console: &str, programs: usize) -> Result<Outcome> {
+pub(super) fn judge(console: &str, programs: usize) -> Result<(usize, Vec<String>)> {
     ensure!(console.lines().any(|line| line.trim() == END), "the guest did not get to its end");
     let ends: Vec<&str> =
         console.lines().filter(|line| line.starts_with(MARK) && line.contains("ended with")).collect();
@@ -114,7 +176,7 @@ pub(super) fn judge(console: &str, programs: usize) -> Result<Outcome> {
     let passed = results.filter_map(|line| line.split(' ').next()?.parse::<usize>().ok());
     let passed: Vec<usize> = passed.collect();
     ensure!(passed.len() == programs && passed.iter().all(|count| *count > 0), "a test program ran no test");
-    Ok(Outcome { skips: crate::skips::in_text(console), passed: passed.iter().sum() })
+    Ok((passed.iter().sum(), crate::skips::in_text(console)))
 }
 
 #[cfg(test)]
@@ -127,7 +189,7 @@ mod tests {
     #[test]
     fn only_a_guest_that_ran_everything_passes() {
         let outcome = judge(GOOD, 1).unwrap();
-        assert_eq!((outcome.passed, outcome.skips), (2, vec!["b: why".to_owned()]));
+        assert_eq!(outcome, (2, vec!["b: why".to_owned()]));
         for (old, new) in [
             ("ended with 0", "ended with 101"),
             ("farshore-guest: end\n", "Kernel panic\n"),

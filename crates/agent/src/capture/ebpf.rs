@@ -12,7 +12,7 @@
 //! * [`kernel`]: shared memory, the ring, system calls; all `unsafe` of this capture. [`assemble`]: records to requests.
 //! * [`reading`]: what of the ring is handed out. [`epochs`]: the maps of each epoch.
 //! * [`ledger`]: what an agent keeps for its successor. [`pins`]: where, and who has it. [`grace`]: when an epoch can be read by nobody any more.
-//! * [`support`]: what this machine and these disks offer.
+//! * [`support`]: what this machine and these disks offer. [`types`]: what the kernel says of its tracepoints.
 //!
 //! Everything lives in kernel memory pinned in the BPF file system, so a killed agent loses nothing: its successor goes on
 //! where the ring was released, and if the ring overflowed meanwhile, the maps say what to heal. A reboot loses all of it,
@@ -45,17 +45,22 @@ mod kernel;
 mod layout;
 mod ledger;
 mod loader;
+#[cfg(test)]
+mod oracle;
 mod pins;
+#[cfg(test)]
+mod planted;
 mod reading;
 pub mod support;
 #[cfg(test)]
 mod tests;
+mod types;
 
 use assemble::Assembler;
 use epochs::{slot_of, unstreamed};
 use grace::Grace;
 use layout::{Control, Cpu, GAP_CAUSES, MAPS_PER_DISK, PARTS_MAX, SLOTS, Target, WORD_SHIFT, WORD_TRACK};
-use loader::Installed;
+use loader::{Installed, Object};
 use reading::cause_of;
 
 pub use pins::{DetachError, detach};
@@ -247,6 +252,15 @@ impl EbpfCapture {
         clock: Arc<dyn Clock>,
         config: &EbpfConfig,
     ) -> Result<EbpfCapture, OpenEbpfError> {
+        EbpfCapture::open_object(disks, clock, config, &loader::object())
+    }
+
+    fn open_object(
+        disks: Vec<EbpfDisk>,
+        clock: Arc<dyn Clock>,
+        config: &EbpfConfig,
+        object: &Object<'_>,
+    ) -> Result<EbpfCapture, OpenEbpfError> {
         support::check_machine().map_err(OpenEbpfError::Unsupported)?;
         let mounted = support::provide_pin_directory(&config.pins);
         let pinned = |source| OpenEbpfError::Pins { path: config.pins.clone(), source };
@@ -293,7 +307,7 @@ impl EbpfCapture {
         let is_adopted = adopted.is_some();
         let installed = match adopted {
             Some(installed) => installed,
-            None => loader::install(&config.pins, &shape, &targets, &config.variants)
+            None => loader::install(&config.pins, &shape, &targets, &config.variants, object)
                 .inspect_err(|_| drop(pins::remove(&config.pins)))?,
         };
         EbpfCapture::around(installed, lock, opened, shape, scale, clock, is_adopted)

@@ -24,10 +24,22 @@ use super::kernel::{self, Area, KernelRing, PAGE_BYTES};
 use super::layout::{Control, Cpu, Target, targets_bytes};
 use super::ledger::Ledger;
 use super::pins;
+use super::types;
 use super::{OpenEbpfError, Shape, Variant};
 
 /// The programs, built from `bpf/capture.bpf.c`; `cargo xtask bpf --check` compares.
 static OBJECT: &[u8] = aya::include_bytes_aligned!("../../../bpf/capture.bpf.o");
+
+/// Programs to load, and what is set in them besides what the kernel decides. Tests have others with mistakes.
+pub(super) struct Object<'a> {
+    pub(super) bytes: &'a [u8],
+    pub(super) settings: &'a [(&'static str, u32)],
+}
+
+/// The one.
+pub(super) fn object() -> Object<'static> {
+    Object { bytes: OBJECT, settings: &[] }
+}
 
 const MAPS: [&str; 7] = ["ring", "control", "cpus", "dirty", "ledger", "targets", "flights"];
 /// System calls after which calibration is given up: 256 GiB of addresses each, so 256 TiB.
@@ -111,6 +123,7 @@ pub(super) fn install(
     shape: &Shape,
     targets: &[(u64, Target)],
     variants: &[Variant],
+    object: &Object<'_>,
 ) -> Result<Installed, OpenEbpfError> {
     kernel::lift_memory_limit();
     let pinned = |error| OpenEbpfError::Pins { path: directory.to_owned(), source: error };
@@ -118,7 +131,7 @@ pub(super) fn install(
     fs::create_dir_all(directory).map_err(pinned)?;
     let mut refusals = Vec::new();
     for variant in variants {
-        let mut ebpf = load(shape, &btf)?;
+        let mut ebpf = load(shape, &btf, object)?;
         match programs(&mut ebpf, &btf, *variant) {
             Ok(()) => {
                 let installed = pin_and_open(&ebpf, directory, shape, *variant).map_err(pinned)?;
@@ -134,37 +147,41 @@ pub(super) fn install(
     Err(OpenEbpfError::Refused(refusals.join("; ")))
 }
 
-fn load(shape: &Shape, btf: &Btf) -> Result<Ebpf, OpenEbpfError> {
+fn load(shape: &Shape, btf: &Btf, object: &Object<'_>) -> Result<Ebpf, OpenEbpfError> {
     let cpus = possible_cpus().map_err(OpenEbpfError::System)? as u32;
-    let queue_first = u32::from(kernel_release().is_some_and(|release| release < (5, 11)));
-    EbpfLoader::new()
+    let types = fs::read(types::OF_THE_KERNEL).map_err(OpenEbpfError::System)?;
+    let queue_before = |tracepoint: &str| match types::arguments_of(&types, tracepoint) {
+        Some(count) => Ok(u32::from(count > 1)),
+        None => Err(OpenEbpfError::Btf(format!("it does not tell the arguments of the tracepoint {tracepoint}"))),
+    };
+    let (before_bio, before_request) = (queue_before("block_bio_queue")?, queue_before("block_rq_issue")?);
+    let mut loader = EbpfLoader::new();
+    for (name, value) in object.settings {
+        loader.override_global(name, value, true);
+    }
+    loader
         .btf(Some(btf))
         .map_max_entries("ring", u32::try_from(shape.ring_bytes).map_err(|_| OpenEbpfError::RingSize)?)
         .map_max_entries("cpus", cpus)
         .map_max_entries("dirty", (shape.dirty_bytes() / 8) as u32)
-        .override_global("queue_comes_first", &queue_first, true)
-        .load(OBJECT)
+        .override_global("queue_before_bio", &before_bio, true)
+        .override_global("queue_before_request", &before_request, true)
+        .load(object.bytes)
         .map_err(|error| OpenEbpfError::Refused(chain(&error)))
 }
 
 /// The programs of a variant with the tracepoint of each, in the order in which they are attached.
-fn plan(variant: Variant) -> Vec<(&'static str, &'static str)> {
+fn plan(variant: Variant) -> [(&'static str, &'static str); 4] {
     let (queue, complete, end) = match variant {
         Variant::Dynptr => ("queue_dynptr", "complete_dynptr", "end_dynptr"),
         Variant::Bounded => ("queue_bounded", "complete_bounded", "end_bounded"),
     };
-    let mut plan = vec![
+    [
         (complete, "block_rq_complete"),
         (end, "block_bio_complete"),
         ("issue", "block_rq_issue"),
         (queue, "block_bio_queue"),
-    ];
-    if variant == Variant::Bounded {
-        // In this order on the tracepoint: each goes on where the one before it stopped.
-        let rest = ["queue_continue_1", "queue_continue_2", "queue_continue_3", "queue_continue_4"];
-        plan.extend(rest.map(|name| (name, "block_bio_queue")));
-    }
-    plan
+    ]
 }
 
 fn tracepoint<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut BtfTracePoint, String> {

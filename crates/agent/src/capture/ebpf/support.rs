@@ -55,10 +55,15 @@ pub fn check_machine() -> Result<(), String> {
     if lacks.is_empty() { Ok(()) } else { Err(lacks.join("; ")) }
 }
 
+/// Whether this kernel is new enough for one record a bio.
+pub(super) fn has_large_records() -> bool {
+    kernel_release().is_some_and(|release| release >= DYNPTR)
+}
+
 fn kernel_found() -> Finding {
     let named = rustix::system::uname().release().to_string_lossy().into_owned();
     match kernel_release() {
-        Some(release) if release >= DYNPTR => Finding::good("kernel", format!("Linux {named}")),
+        Some(_) if has_large_records() => Finding::good("kernel", format!("Linux {named}")),
         Some(release) if release >= OLDEST => {
             Finding::good("kernel", format!("Linux {named}: small records, large writes cost more"))
         }
@@ -174,6 +179,11 @@ pub(super) fn place_of(path: &Path) -> Result<Place, String> {
     if let Some(array) = remapping_holder(disk) {
         return Err(format!("{array} passes writes on in a way that is not seen here: protect {array} itself"));
     }
+    if is_multipath(disk) {
+        return Err("the kernel passes its writes on to other devices (NVMe multipath), where their end is not seen: \
+                    start it with nvme_core.multipath=N, or use the splitter"
+            .to_owned());
+    }
     let device = read(disk, "dev").map_err(text)?;
     let number = |text: &str| text.parse::<u64>().ok();
     let device = device.split_once(':').and_then(|(major, minor)| Some(number(major)? << 32 | number(minor)?));
@@ -182,6 +192,12 @@ pub(super) fn place_of(path: &Path) -> Result<Place, String> {
         (Some(device), Some(start_sector)) => Ok(Place { device, start_sector }),
         _ => Err("the kernel describes it in a way that is not understood".to_owned()),
     }
+}
+
+/// Whether `disk`, a folder of sysfs, is what the NVMe driver makes of several ways to one namespace, or of one way to a
+/// namespace that might have several.
+fn is_multipath(disk: &Path) -> bool {
+    disk.components().any(|part| part.as_os_str() == "nvme-subsystem")
 }
 
 fn sys_folder(path: &Path) -> Result<PathBuf, String> {
@@ -236,5 +252,17 @@ fn collect_below(folder: &Path, below: &mut BTreeSet<PathBuf>) {
         if below.insert(whole.clone()) {
             collect_below(&whole, below);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn namespaces_behind_several_paths_are_known_by_their_place() {
+        let several = "/sys/devices/virtual/nvme-subsystem/nvme-subsys1/nvme1n1";
+        assert!(is_multipath(Path::new(several)));
+        assert!(!is_multipath(Path::new("/sys/devices/pci0000:00/0000:00:04.0/nvme/nvme1/nvme1n1")));
     }
 }
