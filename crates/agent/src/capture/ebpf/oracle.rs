@@ -172,5 +172,5 @@ fn write_down(kinds: &[ChangeKind], first: usize, stream: &Path) -> std::io::Res
     }
     out.flush()?;
     drop(out);
-    device.sync_all()
+    rustix::fs::fdatasync(&device).map_err(Into::into)
 }
