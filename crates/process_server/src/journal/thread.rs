@@ -285,12 +285,16 @@ fn run(mut journal: Journal, shared: &Shared) -> Journal {
             fail_all(shared);
             return journal;
         }
+        // Last: a large file's end takes the file system tens of milliseconds, and nobody has to wait for it.
+        if journal.remove_released() {
+            publish(&mut shared.lock(), &journal);
+        }
     }
 }
 
 /// Makes a group durable, on a second file if the first one fails.
 fn commit(journal: &mut Journal, group: &mut [Waiting], broken: &mut BTreeSet<ChainId>) -> Result<(), JournalError> {
-    let first = append_all(journal, group, broken).and_then(|()| journal.sync().map(drop));
+    let first = append_all(journal, group, broken).and_then(|()| journal.make_durable());
     let Err(JournalError::Io { .. }) = first else { return first };
     let durable = journal.durable();
     for item in group.iter_mut() {
@@ -300,7 +304,7 @@ fn commit(journal: &mut Journal, group: &mut [Waiting], broken: &mut BTreeSet<Ch
     }
     journal.restart()?;
     append_all(journal, group, broken)?;
-    journal.sync().map(drop)
+    journal.make_durable()
 }
 
 fn append_all(

@@ -285,7 +285,7 @@ impl Journal {
         }
     }
 
-    fn make_durable(&mut self) -> Result<(), JournalError> {
+    pub(super) fn make_durable(&mut self) -> Result<(), JournalError> {
         let open = self.open.as_mut().ok_or(JournalError::Poisoned)?;
         if open.bytes == open.synced {
             return Ok(());
@@ -351,8 +351,9 @@ impl Journal {
         }
     }
 
-    /// Failing to remove a file costs room, nothing else: it is tried again after the next sync.
-    fn remove_released(&mut self) {
+    /// Removes the files that are needed no more. Failing to remove one costs room, nothing else: it is tried again after
+    /// the next sync. `true` if the journal has become smaller.
+    pub(super) fn remove_released(&mut self) -> bool {
         let mut removed = false;
         for number in self.catalog.removable() {
             let path = format!("{}/{number}", self.directory);
@@ -372,5 +373,6 @@ impl Journal {
             // A name that comes back is recognised at the next start.
             tracing::warn!(%error, "could not make the removal of journal files durable");
         }
+        removed
     }
 }
