@@ -169,6 +169,22 @@ struct {
 	__type(key, __u32);
 	__type(value, struct work);
 } works SEC(".maps");
+/*
+ * The events that this CPU's completion programs have taken, those of interrupted ones first. The kernel runs no program
+ * within itself: when an interrupt ends requests while another end is looked at, the program is skipped. So each of them
+ * is attached twice, and the second takes what the first did not get. Each knows events by address.
+ */
+#define NESTED_MAX 8
+struct taken {
+	__u64 event[NESTED_MAX];
+	__u32 count, unused;
+};
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 2);
+	__type(key, __u32);
+	__type(value, struct taken);
+} taken SEC(".maps");
 /* What the agent keeps for its successor. No program looks at it. */
 struct ledger {
 	__u8 bytes[4096];
@@ -186,7 +202,7 @@ struct {
  * Mistakes for tests, in an object of their own: what checks the capture must notice each of them. Every
  * `planted_every`th time, what `planted` says is forgotten.
  */
-enum plant { PLANT_WRITE = 1, PLANT_COMPLETION, PLANT_UNCOMMITTED, PLANT_UNSTREAMED, PLANT_GAP };
+enum plant { PLANT_WRITE = 1, PLANT_COMPLETION, PLANT_UNCOMMITTED, PLANT_UNSTREAMED, PLANT_GAP, PLANT_SKIP };
 const volatile __u32 planted = 0, planted_every = 1;
 __u64 planted_times = 0;
 
@@ -715,6 +731,42 @@ int queue_bounded(__u64 *ctx)
 
 /* ---- completion ---- */
 
+enum ends { ENDS_OF_REQUESTS, ENDS_OF_BIOS };
+
+/* Whether this program, the first or the second of its tracepoint, is the one for `event`. */
+static __always_inline bool takes(__u32 ends, __u64 event, const bool second)
+{
+	struct taken *t = bpf_map_lookup_elem(&taken, &ends);
+	if (!t)
+		return !second;
+	/* As the kernel skips it. */
+	if (!second && plants(PLANT_SKIP))
+		return false;
+	__u32 count = t->count;
+	FORGET(count);
+	if (!second) {
+		/* Leftovers: a second program that was skipped within another one did not take its event away. */
+		if (count >= NESTED_MAX)
+			count = 0;
+		t->event[count & (NESTED_MAX - 1)] = event;
+		t->count = count + 1;
+		return true;
+	}
+	__u32 own = NESTED_MAX;
+	for (__u32 i = 0; i < NESTED_MAX; i++)
+		if (i < count && t->event[i] == event)
+			own = i;
+	if (own < NESTED_MAX) {
+		/* What lies behind it came in between, and is over. */
+		t->count = own;
+		return false;
+	}
+	struct cpu *cpu = this_cpu();
+	if (cpu)
+		cpu->rescued++;
+	return true;
+}
+
 struct walk {
 	struct control *c;
 	struct cpu *cpu;
@@ -816,8 +868,11 @@ static __always_inline struct gendisk *disk_of(struct request *rq)
 	return ((struct request___before_5_17 *)rq)->rq_disk;
 }
 
-static __always_inline int completed(struct request *rq, __u32 error, __u32 bytes, const bool loops)
+static __always_inline int completed(struct request *rq, __u32 error, __u32 bytes, const bool loops, const bool second)
 {
+	/* First of all: the kernel counts what it skips, of whatever disk. */
+	if (!takes(ENDS_OF_REQUESTS, (__u64)rq, second))
+		return 0;
 	__u32 op = rq->cmd_flags & 0xff;
 	if (!(op & 1) || op == OP_DRV_OUT || !bytes)
 		return 0;
@@ -854,20 +909,22 @@ static __always_inline int completed(struct request *rq, __u32 error, __u32 byte
 	return 0;
 }
 
-SEC("tp_btf/block_rq_complete")
-int complete_dynptr(__u64 *ctx)
-{
-	return completed((struct request *)ctx[0], ctx[1], ctx[2], true);
-}
+#define COMPLETE(name, loops, second)                                                                                  \
+	SEC("tp_btf/block_rq_complete")                                                                                \
+	int name(__u64 *ctx)                                                                                           \
+	{                                                                                                              \
+		return completed((struct request *)ctx[0], ctx[1], ctx[2], loops, second);                             \
+	}
+COMPLETE(complete_dynptr, true, false)
+COMPLETE(complete_dynptr_second, true, true)
+COMPLETE(complete_bounded, false, false)
+COMPLETE(complete_bounded_second, false, true)
 
-SEC("tp_btf/block_rq_complete")
-int complete_bounded(__u64 *ctx)
+static __always_inline int ended(struct bio *bio, const bool loops, const bool second)
 {
-	return completed((struct request *)ctx[0], ctx[1], ctx[2], false);
-}
-
-static __always_inline int ended(struct bio *bio, const bool loops)
-{
+	/* First of all: the kernel counts what it skips, of whatever disk. */
+	if (!takes(ENDS_OF_BIOS, (__u64)bio, second))
+		return 0;
 	__u32 op = bio->bi_opf & 0xff;
 	if (!(op & 1) || op == OP_DRV_OUT)
 		return 0;
@@ -903,17 +960,16 @@ static __always_inline int ended(struct bio *bio, const bool loops)
 	return 0;
 }
 
-SEC("tp_btf/block_bio_complete")
-int end_dynptr(__u64 *ctx)
-{
-	return ended((struct bio *)ctx[1], true);
-}
-
-SEC("tp_btf/block_bio_complete")
-int end_bounded(__u64 *ctx)
-{
-	return ended((struct bio *)ctx[1], false);
-}
+#define END(name, loops, second)                                                                                       \
+	SEC("tp_btf/block_bio_complete")                                                                               \
+	int name(__u64 *ctx)                                                                                           \
+	{                                                                                                              \
+		return ended((struct bio *)ctx[1], loops, second);                                                     \
+	}
+END(end_dynptr, true, false)
+END(end_dynptr_second, true, true)
+END(end_bounded, false, false)
+END(end_bounded_second, false, true)
 
 static __always_inline int issued(struct request *rq)
 {

@@ -6,7 +6,7 @@
 #ifndef FARSHORE_CAPTURE_H
 #define FARSHORE_CAPTURE_H
 
-#define LAYOUT_VERSION 1
+#define LAYOUT_VERSION 2
 
 /* Epoch e marks in slot e % SLOTS. */
 #define SLOTS 3
@@ -90,7 +90,9 @@ struct cpu {
 	__u64 next_id;
 	/* Statistics. */
 	__u64 writes, written_bytes, zeroes, discards, flushes, fuas, tracked, failed, records;
-	__u64 reserved[3];
+	/* Ends that the second completion programs took because the first ones were skipped. */
+	__u64 rescued;
+	__u64 reserved[2];
 };
 
 /* A bio under way. */

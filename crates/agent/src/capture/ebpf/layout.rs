@@ -3,7 +3,7 @@
 use std::mem::offset_of;
 
 /// Version of everything below; pins of another version are not adopted.
-pub(super) const VERSION: u64 = 1;
+pub(super) const VERSION: u64 = 2;
 /// Epoch `e` marks in slot `e % SLOTS`.
 pub(super) const SLOTS: usize = 3;
 /// Protected disks at most.
@@ -118,7 +118,8 @@ pub(super) struct Cpu {
     tracked: u64,
     failed: u64,
     records: u64,
-    reserved: [u64; 3],
+    rescued: u64,
+    reserved: [u64; 2],
 }
 
 /// Places in the counters of a CPU, in bytes.
@@ -134,6 +135,7 @@ impl Cpu {
     pub(super) const DISCARDS: usize = offset_of!(Cpu, discards);
     pub(super) const TRACKED: usize = offset_of!(Cpu, tracked);
     pub(super) const FAILED: usize = offset_of!(Cpu, failed);
+    pub(super) const RESCUED: usize = offset_of!(Cpu, rescued);
 }
 
 const _: () = assert!(size_of::<Control>() == 1304 && size_of::<Cpu>() == 248 && size_of::<Target>() == 32);

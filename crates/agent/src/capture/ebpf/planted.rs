@@ -5,6 +5,7 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
+use super::layout::Cpu;
 use super::loader::Object;
 use super::tests::{Bench, can_test, check_full_ring, check_streaming};
 use super::{RING_BYTES_MIN, Variant};
@@ -25,6 +26,9 @@ enum Plant {
     Unstreamed,
     /// Nobody is told that the ring lacks something.
     Gap,
+    /// The first of two completion programs is skipped, as the kernel does when it interrupts itself. No mistake of ours:
+    /// the second has to take its place.
+    Skip,
 }
 
 /// One in a thousand is forgotten.
@@ -40,6 +44,20 @@ fn streaming(test: &str, plant: Plant) -> Option<()> {
     let object = Object { bytes: OBJECT, settings: &settings };
     check_streaming(&bench, bench.open_object(&[Variant::Dynptr], 32 << 20, &object), ROUNDS);
     Some(())
+}
+
+#[test]
+fn the_second_completion_program_takes_what_the_first_does_not_get() {
+    let test = "the_second_completion_program_takes";
+    let Some(bench) = Bench::of(test, 64 << 20).filter(|_| can_test(test, Variant::Dynptr)) else { return };
+    let settings = [("planted", Plant::Skip as u32), ("planted_every", 3)];
+    let object = Object { bytes: OBJECT, settings: &settings };
+    let capture = bench.open_object(&[Variant::Dynptr], 32 << 20, &object);
+    let installed = capture.installed.clone();
+    check_streaming(&bench, capture, 200);
+    let rescued = installed.sum(Cpu::RESCUED);
+    assert!(rescued > 50, "every third end of a request or a bio: {rescued}");
+    assert_eq!(installed.misses(), 0);
 }
 
 fn full_ring(test: &str, plant: Plant, every: u32) -> Option<()> {
