@@ -56,6 +56,7 @@ pub(crate) const FOR_TESTS: &[Component] = &[
     e2fsprogs("e2fsck"),
     e2fsprogs("mkfs.ext4"),
     component("python3", &["python3"], &["python3"], &["python3"], &["python"]),
+    component("musl-gcc", &["musl-tools"], &["musl-gcc"], &["musl-devel-static"], &["musl"]),
     component("clang", &["clang"], &["clang"], &["clang"], &["clang"]),
     component("llvm-strip", &["llvm"], &["llvm"], &["llvm"], &["llvm"]),
     component(

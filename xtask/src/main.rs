@@ -4,6 +4,7 @@
 //! * `tidy`: the rules about the source tree that no compiler checks.
 //! * `fuzz`: throws bytes at every parser of bytes from outside.
 //! * `kernels`: the capture's tests in guests with other kernels.
+//! * `dist`: the agent as one small static program.
 //! * `bpf`: builds the capture programs, after a change of their source.
 //! * `bench`: Farshore beside its peers, on the same disk, in the same run.
 
@@ -11,6 +12,7 @@ mod apt;
 mod bench;
 mod bpf;
 mod components;
+mod dist;
 mod fuzz;
 mod kernels;
 mod process;
@@ -36,6 +38,7 @@ usage: cargo xtask <command> [options]
             --input FILE   run one target on this input and stop
             --list         print the targets and stop
   kernels run the capture's tests in emulated guests with other kernels
+  dist    build the agent as one small static program, and print its size
   bpf     build the capture programs' object from their source
   bench   measure beside peers
             --size BYTES   size of the reference disk, e.g. 2GiB (default 1GiB)
@@ -60,6 +63,7 @@ fn main() -> ExitCode {
         "tidy" if rest.is_empty() => Ok(tidy::run()),
         "fuzz" => fuzz::Options::parse(rest).map(|options| fuzz::run(&options)),
         "bpf" if rest.is_empty() => Ok(bpf::write()),
+        "dist" if rest.is_empty() => Ok(dist::run()),
         "kernels" if rest.is_empty() => Ok(kernels::run_all()),
         "bench" => bench::Options::parse(rest).map(|options| bench::run(&options)),
         "help" | "--help" | "-h" => {

@@ -13,6 +13,7 @@ use anyhow::{Context, Result, bail, ensure};
 
 use crate::bpf;
 use crate::components::{self, Permission};
+use crate::dist::{self, Built, Fetch};
 use crate::kernels;
 use crate::process::{self, find_program, run_watching};
 use crate::skips::{self, AllowList};
@@ -97,6 +98,7 @@ const STAGES: &[Stage] = &[
     Stage { slow: true, ..stage("kernels", "the capture on other kernels, in guests", kernels_stage) },
     stage("doctests", "examples in the documentation", doctests_stage),
     Stage { slow: true, gate: true, ..stage("release", "the programs, optimized", release_stage) },
+    Stage { slow: true, ..stage("dist", "the agent as one small static program, which plays the demo", dist_stage) },
     Stage { slow: true, ..stage("sim", "seeded simulation of the whole product", simulation_stage) },
     Stage { slow: true, ..stage("demo", "the demo, then the independent check of what it left", demo_stage) },
 ];
@@ -357,6 +359,25 @@ fn doctests_stage(session: &Session) -> Result<Outcome> {
 
 fn release_stage(session: &Session) -> Result<Outcome> {
     process::run(&mut session.cargo(&["build", "--release", "--workspace", "--bins", "--locked"]))?;
+    Ok(Outcome::Passed)
+}
+
+/// The static agent joins, protects, is asked and told, captures by eBPF: everything that the demo wants of an agent.
+fn dist_stage(session: &Session) -> Result<Outcome> {
+    let fetch = if session.no_install { Fetch::Never } else { Fetch::Allowed };
+    let program = match dist::build(&session.workspace, session.command(cargo()), fetch)? {
+        Built::Program(program) => program,
+        Built::Unavailable(why) => return Ok(session.skip(format!("dist: {why}"))),
+    };
+    let folder = session.workspace.target.join("dist-demo");
+    fs::create_dir_all(&folder).context("cannot create a folder")?;
+    let farshore = folder.join("farshore");
+    fs::copy(session.release_program("farshore"), &farshore).context("cannot copy farshore")?;
+    fs::copy(program, folder.join("farshore-agent")).context("cannot copy the agent")?;
+    let mut demo = session.command(Command::new(farshore));
+    demo.args(["demo", "--seed", "2", "--size", "96"]);
+    session.run_noting_skips(demo)?;
+    fs::remove_dir_all(&folder).context("cannot remove the copies")?;
     Ok(Outcome::Passed)
 }
 

@@ -23,7 +23,7 @@ use std::fmt;
 
 use replication::sender::Resumption;
 use replication::{ByteRange, ChangeKind, DiskGeometry, DiskId, Epoch, MarkerKind, SourceTime};
-use world::BlockError;
+use world::{BlockError, Monotonic};
 
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
 pub mod ebpf;
@@ -36,6 +36,7 @@ mod overlap;
 mod pieces;
 mod recovery_set;
 pub mod ring;
+pub mod scan;
 mod slabs;
 pub mod splitter;
 mod splitter_capture;
@@ -70,6 +71,8 @@ pub enum GapCause {
     CopyFailed,
     /// A write completed whose submission was not captured.
     MissedSubmission,
+    /// The disks are scanned, and were written to since the last scan.
+    Scanned,
 }
 
 impl fmt::Display for GapCause {
@@ -78,6 +81,7 @@ impl fmt::Display for GapCause {
             GapCause::Overflow => "the send buffer was full",
             GapCause::CopyFailed => "a write's data could not be copied",
             GapCause::MissedSubmission => "a write completed that was not captured when it was submitted",
+            GapCause::Scanned => "the disks are scanned: between their last rest and the next one there are no points",
         })
     }
 }
@@ -187,6 +191,17 @@ impl fmt::Display for LostReason {
     }
 }
 
+/// What the engine's sender is doing, as far as a capture may care.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Phase {
+    /// The stream is whole.
+    pub whole: bool,
+    /// A heal is wanted, under way, or not committed yet.
+    pub healing: bool,
+    /// Everything that the heal reads was read and sent: it waits for [`Capture::heal_end`].
+    pub ending: bool,
+}
+
 /// A source of captured requests together with its dirty maps. One engine owns it and calls it from one thread.
 pub trait Capture: Send {
     /// The protected disks, as they are now.
@@ -275,6 +290,33 @@ pub trait Capture: Send {
 
     /// What was known when this capture started.
     fn continuity(&self) -> Continuity;
+
+    /// Told after each report what the sender makes of it.
+    fn follow(&mut self, phase: Phase) {
+        let _ = phase;
+    }
+
+    /// Where the heal may end whose reads are done: once everything up to there is consumed, the receiver has a state that
+    /// the disks had. `None`: not yet; asked again.
+    fn heal_end(&mut self) -> Option<RingPosition> {
+        Some(self.status().producer)
+    }
+
+    /// Now that [`Capture::next`] has returned `None`: the moment before which everything submitted was handed out, if
+    /// there is one. `now` was read before.
+    fn known_until(&self, now: Monotonic) -> Option<Monotonic> {
+        Some(now)
+    }
+
+    /// Whether a marker would be taken now, whatever the stream is like; `None`: exactly if the stream is whole.
+    fn takes_markers(&mut self) -> Option<bool> {
+        None
+    }
+
+    /// Whether a marker that was taken is where the gap ends that is open.
+    fn ends_gap_with_marker(&self) -> bool {
+        false
+    }
 
     /// Reads the source for a heal or a scrub.
     ///
@@ -372,6 +414,26 @@ impl<C: Capture + ?Sized> Capture for Box<C> {
 
     fn continuity(&self) -> Continuity {
         (**self).continuity()
+    }
+
+    fn follow(&mut self, phase: Phase) {
+        (**self).follow(phase);
+    }
+
+    fn heal_end(&mut self) -> Option<RingPosition> {
+        (**self).heal_end()
+    }
+
+    fn known_until(&self, now: Monotonic) -> Option<Monotonic> {
+        (**self).known_until(now)
+    }
+
+    fn takes_markers(&mut self) -> Option<bool> {
+        (**self).takes_markers()
+    }
+
+    fn ends_gap_with_marker(&self) -> bool {
+        (**self).ends_gap_with_marker()
     }
 
     fn read(&self, disk: DiskId, offset: u64, buffer: &mut [u8]) -> Result<(), BlockError> {

@@ -31,15 +31,22 @@
 //! heal_read_mb_per_s_max = 200                # megabytes of disk a second; default: no limit
 //! heal_busy_percent_max = 50                  # of one core's time, waiting for the disk included; default: all of it
 //!
+//! [scan]                                      # for disks that are scanned
+//! quiet_ms = 1000                             # disks at rest for so long are read, for a point
+//! every_s = 60                                # disks that do not rest are read so often, to keep the copy near
+//!
 //! [[disk]]
 //! name = "root"                               # how the product calls the disk; never changes
 //! path = "/srv/images/root.img"               # image file or block device
 //! serial = "WD-1234"                          # optional; a block device must have it, an image file gets it
 //! export = "root"                             # its NBD export; default: its name
 //! capture = "auto"                            # "ebpf" sees every write of a block device, "splitter" those made through
-//!                                             # the NBD export; auto: ebpf where all disks and the kernel allow it
+//!                                             # the NBD export, "scan" none: it reads the disk again and again, and has
+//!                                             # points only when it rests. auto: ebpf where all disks and the kernel
+//!                                             # allow it, else scan for block devices, splitter for image files
 //! ```
 
+use std::fmt;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
@@ -111,6 +118,9 @@ pub struct AgentConfig {
     /// How hard a heal may read.
     #[serde(default)]
     pub limits: HealLimits,
+    /// How disks are scanned.
+    #[serde(default)]
+    pub scan: ScanSettings,
     /// The protected disks.
     #[serde(default, rename = "disk")]
     pub disks: Vec<DiskConfig>,
@@ -139,13 +149,43 @@ pub struct DiskConfig {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum CaptureChoice {
-    /// By eBPF if every disk is a block device and the machine offers it, otherwise by the splitter.
+    /// By eBPF if every disk is a block device and the machine offers it, otherwise block devices by scanning, image files by
+    /// the splitter.
     #[default]
     Auto,
     /// By programs in the kernel, which see every write, whoever makes it.
     Ebpf,
     /// By serving the disk: only writes through its NBD export are seen.
     Splitter,
+    /// By reading it again and again: points exist only where it rested meanwhile.
+    Scan,
+}
+
+impl fmt::Display for CaptureChoice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            CaptureChoice::Auto => "whatever fits",
+            CaptureChoice::Ebpf => "eBPF",
+            CaptureChoice::Splitter => "the splitter",
+            CaptureChoice::Scan => "scanning",
+        })
+    }
+}
+
+/// How disks are scanned.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ScanSettings {
+    /// Disks at rest for so long, in milliseconds, are read.
+    pub quiet_ms: u64,
+    /// Disks that do not rest are read so often, in seconds.
+    pub every_s: u64,
+}
+
+impl Default for ScanSettings {
+    fn default() -> ScanSettings {
+        ScanSettings { quiet_ms: 1000, every_s: 60 }
+    }
 }
 
 impl DiskConfig {
@@ -197,6 +237,7 @@ impl AgentConfig {
             nbd_tcp: None,
             ebpf_pins: None,
             limits: HealLimits::default(),
+            scan: ScanSettings::default(),
             consistency: ConsistencyConfig::default(),
             disks: Vec::new(),
         }
@@ -251,6 +292,8 @@ impl AgentConfig {
         if !self.heal_chunk_bytes.is_multiple_of(GRANULE_BYTES) {
             return Err(wrong(format!("heal_chunk_bytes is not a multiple of {GRANULE_BYTES}"), "round it"));
         }
+        between("quiet_ms", self.scan.quiet_ms, 100, 3_600_000)?;
+        between("every_s", self.scan.every_s, 1, 7 * 86_400)?;
         if let Some(rate) = self.limits.heal_read_mb_per_s_max {
             between("heal_read_mb_per_s_max", rate.into(), 1, 1_000_000)?;
         }
@@ -381,6 +424,7 @@ mod tests {
             (format!("{SMALLEST}[limits]\nheal_busy_percent_max = 101"), "heal_busy_percent_max is 101"),
             (format!("{SMALLEST}[limits]\nheal_read_mb_per_s_max = 0"), "heal_read_mb_per_s_max is 0"),
             (format!("{SMALLEST}[limits]\nspeed = 1"), "speed"),
+            (format!("{SMALLEST}[scan]\nquiet_ms = 20"), "quiet_ms is 20"),
             (format!("nbd_tcp = \"10.0.0.1:1\"\n{SMALLEST}"), "not a loopback address"),
             (format!("server_addresses = [\"ps1\"]\n{SMALLEST}"), "not host:port"),
             ("state_dir = \"s\"".to_owned(), "not an absolute path"),

@@ -253,7 +253,10 @@ impl Consistency {
     /// Not even that could be marked, or another point is being taken.
     pub(crate) fn take(&self, shared: &Shared, name: &str, waits: Waits) -> Result<Taken, Problem> {
         let turn = self.turn()?;
-        marks::check_whole(shared, name)?;
+        // Scanned disks are read when they are at rest.
+        if shared.source.scan().is_none() {
+            marks::check_whole(shared, name)?;
+        }
         let mut remarks = Vec::new();
         let rested = self.at_rest(shared, Wanted { name, waits }, &turn, &mut remarks);
         let (placed, failed) = match rested {
@@ -351,7 +354,7 @@ impl Consistency {
         let limit = Duration::from_millis(self.config.freeze_limit_ms);
         let still_held = |held: &mut [hooks::AtRestBy]| held.iter_mut().try_for_each(hooks::AtRestBy::check);
         let unmarked = |problem: Problem| format!("{}: {}", problem.what, problem.why);
-        if !shared.source.outlives_the_agent() {
+        if !shared.source.used_past_the_agent() {
             if !self.config.quiesces() {
                 return Err("no script or hook brings to rest what uses the disks through the agent".to_owned());
             }
@@ -374,8 +377,12 @@ impl Consistency {
         let (frozen, _pause) = self.rest(plan, &shared.clock, limit, turn.clone(), begin)?;
         remarks.extend(frozen.not_frozen().iter().map(|place| format!("flushed but not frozen: {place}")));
         still_held(held)?;
+        let scanned = match shared.source.scan() {
+            Some(_) => marks::settle(shared, name, limit),
+            None => Ok(()),
+        };
         let claim = Some(Claim::FileSystems(frozen.at_rest()));
-        let marked = marks::mark(shared, MarkerKind::Application, name, claim, waits);
+        let marked = scanned.and_then(|()| marks::mark(shared, MarkerKind::Application, name, claim, waits));
         let (rest, _) = frozen.thaw(&*shared.clock);
         Ok((marked.map_err(unmarked)?, rest))
     }

@@ -17,9 +17,9 @@ use replication::sender::{
 };
 use replication::wire::{HealNeed, Message, OfferedLeaf};
 use replication::{ByteRange, ChainId, DiskId, Epoch, PlainLeafHash, Ranges, SequenceNumber, SourceTime};
-use world::{BlockError, Clock};
+use world::{BlockError, Clock, Monotonic};
 
-use crate::capture::{Capture, Continuity, Mode, RingPosition};
+use crate::capture::{Capture, Continuity, Mode, Phase, RingPosition};
 use crate::heal_buffers::HealBuffers;
 use crate::heal_pace::HealPace;
 
@@ -299,7 +299,8 @@ impl<C: Capture> Engine<C> {
         let (consumed, drained) = self.consume(self.capture.ahead_bytes_max());
         busy |= consumed > 0;
         self.watch();
-        self.feed(Event::Tick { now, drained });
+        let known = self.capture.known_until(Monotonic(now.0)).filter(|_| drained);
+        self.feed(Event::Tick { now, known: known.map(|known| SourceTime(known.0)) });
         if self.outbox.len() < OUTBOX_MESSAGES_MAX {
             let actions = self.sender.pump();
             busy |= !actions.is_empty();
@@ -371,7 +372,20 @@ impl<C: Capture> Engine<C> {
             let producer = self.capture.status().producer.0;
             self.feed(Event::Settled { epoch, producer });
         }
+        self.end_heal();
         self.report();
+        let stream_is_whole = matches!(self.sender.stream(), StreamState::Whole);
+        let (healing, ending) = (self.sender.is_healing(), self.sender.awaits_producer());
+        self.capture.follow(Phase { whole: stream_is_whole, healing, ending });
+    }
+
+    /// Tells the sender where the heal ends whose reads are done.
+    fn end_heal(&mut self) {
+        if self.sender.awaits_producer()
+            && let Some(producer) = self.capture.heal_end()
+        {
+            self.feed(Event::Producer(producer.0));
+        }
     }
 
     fn report(&mut self) {
@@ -423,10 +437,7 @@ impl<C: Capture> Engine<C> {
                     self.heal_work.push_back(HealWork::Read { disk, range, hash });
                 }
                 Action::FetchForHeal { disk, range } => self.heal_work.push_back(HealWork::Fetch { disk, range }),
-                Action::SampleProducer => {
-                    let producer = self.capture.status().producer.0;
-                    self.feed(Event::Producer(producer));
-                }
+                Action::SampleProducer => self.end_heal(),
                 Action::ClearHealSet { chain, committed } => {
                     if self.remember_cleared(chain, committed) {
                         self.capture.clear_heal_set();

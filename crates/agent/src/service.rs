@@ -130,6 +130,7 @@ impl Shared {
         let mut status = self.status().clone();
         status.uptime_s = self.clock.monotonic().since(self.started).as_secs();
         status.writes = self.source.writes();
+        status.scan = self.source.scan();
         status.consistency = self.consistency.status();
         if let Some(nbd) = lock(&self.nbd).as_ref() {
             status.nbd.connections = nbd.connections() as u64;
@@ -194,12 +195,22 @@ impl Service {
         let guard = patiently(|| state.lock()).map_err(|problem| vec![problem])?;
         let mut register = DiskRegister::load(&state).map_err(|problem| vec![problem])?;
         let (kind, instead) = choose_capture(config).map_err(|problem| vec![problem])?;
-        if let Some(why) = instead {
-            tracing::info!(why, "the disks are captured by the splitter: only writes made through the agent are seen");
+        match (kind, instead) {
+            (CaptureKind::Scan, Some(why)) => tracing::warn!(
+                why,
+                "no eBPF: the disks are scanned, so points exist only where they rest; `farshore-agent check` says more"
+            ),
+            (_, Some(why)) => {
+                tracing::info!(
+                    why,
+                    "the disks are captured by the splitter: only writes made through the agent are seen"
+                );
+            }
+            (_, None) => {}
         }
         let access = match kind {
             CaptureKind::Splitter => Access::ReadWrite,
-            CaptureKind::Ebpf => Access::ReadOnly,
+            CaptureKind::Ebpf | CaptureKind::Scan => Access::ReadOnly,
         };
         let found = disks::find(&config.disks, access, &mut register, &options.accept_disks)?;
         if kind == CaptureKind::Splitter {
@@ -262,12 +273,14 @@ impl Service {
                 "the next start compares them; look at the disks",
             )
         })?;
-        let kept = lock(&self.shared.kept).take().filter(|_| !self.shared.source.outlives_the_agent());
+        let kept = lock(&self.shared.kept).take().filter(|_| !self.shared.source.used_past_the_agent());
         if let Err(error) = self.state.keep_stream(kept.as_ref()) {
             tracing::warn!(error = problem::chain(&error), "the next start begins with a heal");
         }
         self.register.store(&self.state, &self.disks, Moment::Stopped)?;
-        if self.shared.source.outlives_the_agent() {
+        if self.shared.source.scan().is_some() {
+            tracing::info!("stopped in order; the next start compares the disks");
+        } else if self.shared.source.used_past_the_agent() {
             tracing::info!("stopped in order; the kernel goes on capturing (`farshore-agent detach` ends that)");
         } else {
             tracing::info!("stopped in order; the next start compares only what the dirty maps name");
@@ -328,7 +341,7 @@ fn assemble(
     let (source, capture) = Source::open(kind, config, &state, &found, options.clock.clone(), machine, boot)?;
     let (commands, received) = mpsc::sync_channel(COMMANDS_MAX);
     let shared = Arc::new(Shared {
-        status: Mutex::new(first_status(config, machine, &name, &found)),
+        status: Mutex::new(first_status(config, kind, machine, &name, &found)),
         started: options.clock.monotonic(),
         source,
         clock: options.clock.clone(),
@@ -420,7 +433,7 @@ fn give_up(
     register: &mut DiskRegister,
     found: &[FoundDisk],
 ) {
-    if !close_unused(shared) || shared.source.outlives_the_agent() {
+    if !close_unused(shared) || shared.source.used_past_the_agent() {
         return;
     }
     let kept = engine.keep().filter(|_| shared.source.writes().changes == 0);
@@ -516,7 +529,7 @@ fn serve_disks(
     found: &[FoundDisk],
     shared: &Arc<Shared>,
 ) -> Result<Vec<std::net::SocketAddr>, Problem> {
-    if shared.source.outlives_the_agent() {
+    if shared.source.used_past_the_agent() {
         return Ok(Vec::new());
     }
     let exports = ExportTable::new();
@@ -537,7 +550,13 @@ fn serve_disks(
     Ok(tcp)
 }
 
-fn first_status(config: &AgentConfig, machine: MachineId, name: &str, found: &[FoundDisk]) -> AgentStatus {
+fn first_status(
+    config: &AgentConfig,
+    kind: CaptureKind,
+    machine: MachineId,
+    name: &str,
+    found: &[FoundDisk],
+) -> AgentStatus {
     let disk = |disk: &FoundDisk| DiskStatus {
         disk: disk.geometry.disk.0,
         name: disk.name.clone(),
@@ -556,6 +575,8 @@ fn first_status(config: &AgentConfig, machine: MachineId, name: &str, found: &[F
         state: ProtectionState::Starting,
         state_for_s: 0,
         reason: String::new(),
+        capture: kind.name().to_owned(),
+        scan: None,
         link: LinkStatus::default(),
         watermarks: Watermarks::default(),
         ring: RingStatus { used_bytes: 0, max_bytes: config.ring_bytes_max },

@@ -3,6 +3,7 @@
 use replication::sender::StreamState;
 use serde::{Deserialize, Serialize};
 
+use crate::capture::scan::ScanStatus;
 use crate::consistency::ConsistencyStatus;
 use crate::engine::EngineStatus;
 
@@ -64,6 +65,12 @@ pub struct AgentStatus {
     pub state_for_s: u64,
     /// What stands in the way, in words; empty if nothing.
     pub reason: String,
+    /// How writes are captured: `ebpf`, `splitter` or `scan`.
+    #[serde(default)]
+    pub capture: String,
+    /// How scanning goes, if the disks are scanned: points exist only at the ends of scans.
+    #[serde(default)]
+    pub scan: Option<ScanStatus>,
     /// The link to the process server.
     pub link: LinkStatus,
     /// How far changes have come.

@@ -57,6 +57,8 @@ enum Command {
     InnerAgent(inner_agent::InnerAgent),
     #[command(name = "__keeper", hide = true)]
     Keeper(crate::keeper::Keeper),
+    #[command(name = "__kernel-machine", hide = true)]
+    KernelMachine(demo::KernelMachine),
     #[command(name = "__workload", hide = true)]
     Workload(demo::Workload),
     /// Run the mobility agent that lies beside this program
@@ -89,6 +91,7 @@ impl Arguments {
             Command::Demo(command) => command.run(output),
             Command::Config(command) => command.run(output),
             Command::InnerAgent(command) => command.run(output),
+            Command::KernelMachine(command) => command.run(),
             Command::Workload(command) => command.run(),
             Command::Vault(command) => command.run(output),
             Command::Branch(command) => command.run(output),

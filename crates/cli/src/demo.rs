@@ -5,6 +5,8 @@ mod check;
 mod disk;
 mod home;
 mod keep;
+mod kernel;
+mod kernel_machine;
 mod ledger;
 mod processes;
 mod proof;
@@ -24,6 +26,7 @@ use world::{Clock, SystemClock};
 use crate::failure::{Done, Failure, Verdict, io_failure};
 use crate::output::Output;
 
+pub(crate) use kernel_machine::KernelMachine;
 pub(crate) use workload::Workload;
 
 /// Options of `demo`.

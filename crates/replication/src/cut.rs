@@ -98,6 +98,8 @@ pub struct CutPlanner {
     open: Option<(SequenceNumber, PointTime)>,
     /// The newest change of a complete request, cut or not.
     newest: Option<(SequenceNumber, PointTime)>,
+    /// What the newest change says of itself, if it is a marker.
+    marked: Option<(MarkerKind, String)>,
     /// A change of the same request follows.
     inside_request: bool,
 }
@@ -114,8 +116,10 @@ impl CutPlanner {
         self.inside_request = change.continues;
         if !change.continues {
             self.newest = Some((change.sequence, time));
+            self.marked = None;
             if let ChangeKind::Marker { kind, name } = &change.kind {
                 self.open = None;
+                self.marked = Some((kind.clone(), name.clone()));
                 let kind = CutKind::Marker { kind: kind.clone(), name: name.clone() };
                 cuts.push(Cut { sequence: change.sequence, time, kind });
             } else {
@@ -130,10 +134,20 @@ impl CutPlanner {
         if self.inside_request { None } else { self.close_before(time) }
     }
 
-    /// Closes the stream at its newest complete request: at a heal's end, a break, or the end of a generation.
+    /// Whether the newest complete request is a marker, whose place is a cut.
+    pub fn is_at_marker(&self) -> bool {
+        self.marked.is_some()
+    }
+
+    /// Closes the stream at its newest complete request: at a heal's end, a break, or the end of a generation. A heal that
+    /// ends with a marker ends with that marker's point.
     pub fn close(&mut self, kind: CutKind) -> Option<Cut> {
         self.open = None;
         let (sequence, time) = self.newest?;
+        let kind = match (kind, &self.marked) {
+            (CutKind::HealEnd, Some((kind, name))) => CutKind::Marker { kind: kind.clone(), name: name.clone() },
+            (kind, _) => kind,
+        };
         Some(Cut { sequence, time, kind })
     }
 

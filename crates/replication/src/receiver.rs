@@ -498,9 +498,11 @@ impl Receiver {
             return;
         }
         self.in_gap = true;
-        // Everything received so far is a legal prefix: its end is the last point before the gap.
+        // Everything received so far is a legal prefix: its end is the last point before the gap, if it is not one already.
+        let is_point = self.planner.is_at_marker();
         if let Some(cut) = self.planner.close(CutKind::GenerationEnd)
             && cut.sequence <= at
+            && !is_point
         {
             out.push(Action::Cut(cut));
         }

@@ -285,6 +285,11 @@ impl Sender {
         [self.assigned, sent, self.released, self.committed]
     }
 
+    /// Whether a heal has nothing left to read and to send, and waits for [`Event::Producer`].
+    pub fn awaits_producer(&self) -> bool {
+        matches!(self.heal, Heal::Sampling(_))
+    }
+
     /// Unstreamed marks of this epoch and later ones break the stream; older ones belong to the heal or are cleared.
     pub fn watched_from(&self) -> Epoch {
         self.drop_older_than
@@ -309,7 +314,7 @@ impl Sender {
             Event::Captured(request) => self.captured(request, &mut out),
             Event::Passed(position) => self.consumed = self.consumed.max(position),
             Event::Report(report) => self.report(report, &mut out),
-            Event::Tick { now, drained } => self.tick(now, drained, &mut out),
+            Event::Tick { now, known } => self.tick(now, known, &mut out),
             Event::Rotated(epoch) => self.rotated(epoch, &mut out),
             Event::Settled { epoch, producer } => self.settled(epoch, producer, &mut out),
             Event::HealSet(set) => self.heal_set(set),
@@ -520,17 +525,20 @@ impl Sender {
         }
     }
 
-    fn tick(&mut self, now: SourceTime, drained: bool, out: &mut Vec<Action>) {
+    fn tick(&mut self, now: SourceTime, known: Option<SourceTime>, out: &mut Vec<Action>) {
         self.now = now;
         if !matches!(self.link, Link::Up { .. }) {
             return;
         }
         let everything_sent = self.sent == self.unreleased.len();
-        if drained && everything_sent && now >= self.next_proof {
+        if let Some(known) = known
+            && everything_sent
+            && now >= self.next_proof
+        {
             self.next_proof = SourceTime(now.0 + self.config.proof_every_ns);
             let whole = matches!(self.stream, StreamState::Whole);
             // In a gap the message still tells the receiver that we live; it proves nothing.
-            let time = if whole { now } else { SourceTime(0) };
+            let time = if whole { known.min(now) } else { SourceTime(0) };
             out.push(Action::Send(Message::Proof { captured: self.assigned, time, now }));
         }
         if now >= self.next_rotation

@@ -48,6 +48,8 @@ pub(crate) enum Command {
     Describe { document: String },
     /// Say whether a marker could be put into the stream now.
     Ready { name: String, reply: SyncSender<Result<(), Problem>> },
+    /// Say as soon as a marker could be put into the stream, or that it could not until then.
+    Settle { until: Monotonic, reply: SyncSender<Result<(), Problem>> },
     /// Do nothing but answer commands until `Wake`, or until then: what this thread writes to may be frozen.
     Rest { until: Monotonic, reply: SyncSender<()> },
     /// End of `Rest`.
@@ -87,6 +89,8 @@ pub(super) struct Drive {
     description: Option<String>,
     described: bool,
     finish_by: Option<Monotonic>,
+    /// Whoever waits until a marker could be put into the stream.
+    settling: Vec<(Monotonic, SyncSender<Result<(), Problem>>)>,
     /// A move under way: until when the old server may take, and who is told.
     moving: Option<(Monotonic, SyncSender<Result<bool, Problem>>)>,
     /// Makes the way to the server that the state directory names now.
@@ -115,6 +119,7 @@ impl Drive {
             description: None,
             described: false,
             finish_by: None,
+            settling: Vec::new(),
             moving: None,
             find_server,
             published: now,
@@ -165,6 +170,9 @@ impl Drive {
             }
             if !self.pending.is_empty() {
                 self.confirm_marks();
+            }
+            if !self.settling.is_empty() {
+                self.settle();
             }
             if self.welcomed && !self.described {
                 self.describe();
@@ -217,6 +225,7 @@ impl Drive {
                 }
             }
             Command::Describe { document } => (self.description, self.described) = (Some(document), false),
+            Command::Settle { until, reply } => self.settling.push((until, reply)),
             Command::Ready { name, reply } => drop(reply.send(self.check_whole(&name))),
             Command::Rest { until, reply } => {
                 let _ = reply.send(());
@@ -270,11 +279,30 @@ impl Drive {
         }
     }
 
-    /// Whether a marker could be put into the stream. The receiver keeps no point inside a gap: it would vanish.
-    fn check_whole(&self, name: &str) -> Result<(), Problem> {
+    /// Answers who waits for a moment to mark.
+    fn settle(&mut self) {
+        let ready = self.check_whole("");
+        let now = self.shared.clock.monotonic();
+        self.settling.retain(|(until, reply)| {
+            if ready.is_err() && now < *until {
+                return true;
+            }
+            let _ = reply.send(ready.clone());
+            false
+        });
+    }
+
+    /// Whether a marker could be put into the stream. The receiver keeps no point inside a gap, unless it ends it: it would
+    /// vanish.
+    fn check_whole(&mut self, name: &str) -> Result<(), Problem> {
+        let taken = self.engine.capture().takes_markers();
+        if taken == Some(true) {
+            return Ok(());
+        }
         let status = self.engine.status();
         let why = match gap_in_words(&status.stream) {
             "" if !status.whole => "a heal is under way",
+            "" if taken.is_some() => "the disks are scanned, and were written to since the last scan",
             why => why,
         };
         if why.is_empty() {
@@ -320,7 +348,8 @@ impl Drive {
         let status = self.engine.status();
         let ring = self.engine.capture().status();
         let released = RingPosition(ring.producer.0 - ring.ring_bytes_used);
-        let whole = matches!(status.stream, StreamState::Whole);
+        let ends_gap = self.engine.capture().ends_gap_with_marker();
+        let whole = ends_gap || matches!(status.stream, StreamState::Whole);
         let now = self.shared.clock.monotonic();
         self.pending.retain(|mark| {
             let answer = if !whole || mark.generation != status.captured.generation() {
@@ -385,7 +414,11 @@ impl Drive {
         };
         let mut status = self.shared.status();
         if status.state != state {
-            report_change(status.state, state, reason, self.uplink.server());
+            if status.scan.is_some() || self.shared.source.scan().is_some() {
+                tracing::debug!(?state, reason, "the scanned disks' state changed");
+            } else {
+                report_change(status.state, state, reason, self.uplink.server());
+            }
             self.state_since = now;
         }
         status.state = state;

@@ -96,6 +96,17 @@ pub(crate) fn check_whole(shared: &Shared, name: &str) -> Result<(), Problem> {
     order(shared, name, |reply| Command::Ready { name: name.to_owned(), reply })?
 }
 
+/// Has scanned disks read at once, and waits until the moment could be marked.
+pub(crate) fn settle(shared: &Shared, name: &str, limit: Duration) -> Result<(), Problem> {
+    shared.source.hurry();
+    let (reply, answer) = mpsc::sync_channel(1);
+    let late = |why: &str| Problem::failed(format!("the moment `{name}` was not marked"), why, "try again");
+    let until = shared.clock.monotonic().plus(limit);
+    let taken = shared.commands.try_send(Command::Settle { until, reply });
+    taken.map_err(|_| late("the replication thread does not take commands"))?;
+    answer.recv_timeout(limit + ENGINE_LIMIT).map_err(|_| late("the replication thread does not answer"))?
+}
+
 /// The engine's thread touches nothing but markers. Dropping it lets it go on; so does its limit.
 pub(crate) struct Pause<'a>(&'a Shared);
 
@@ -163,7 +174,7 @@ pub(super) fn answer_freeze(shared: &Shared, limit_ms: u64, name: Option<&str>) 
     let over = |held: &mut HeldFreeze| shared.clock.monotonic() >= held.until;
     drop(shared.frozen().take_if(over));
     let until = shared.clock.monotonic().plus(limit);
-    let (held, marked) = if shared.source.outlives_the_agent() {
+    let (held, marked) = if shared.source.used_past_the_agent() {
         let (frozen, note) = shared.consistency.freeze(shared, limit, name)?;
         (Held::FileSystems(frozen, note), name.is_some())
     } else {

@@ -7,12 +7,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use replication::MachineId;
-use world::Clock;
+use world::{Clock, FileDevice};
 
 use super::problem::{Problem, ProblemKind};
 use super::{maps_problem, patiently};
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
 use crate::capture::ebpf::{self, EbpfCapture, EbpfConfig, EbpfCounters, EbpfDisk, OpenEbpfError, Variant};
+use crate::capture::scan::{ScanCapture, ScanConfig, ScanCounters, ScanDisk, ScanStatus, witness};
 use crate::capture::splitter::CloseError;
 use crate::capture::{Capture, FileMapStore, Frozen, Splitter, SplitterConfig, SplitterDisk};
 use crate::config::{AgentConfig, CaptureChoice, DiskConfig};
@@ -27,40 +28,68 @@ pub enum CaptureKind {
     Splitter,
     /// The disks are used as ever; the kernel tells.
     Ebpf,
+    /// The disks are used as ever; they are read again and again. Points exist only where a scan ended undisturbed.
+    Scan,
 }
 
-/// Which capture the configured disks get, and for each disk that was left to choose, why not eBPF if it is not.
+impl CaptureKind {
+    /// Its name in configuration and status.
+    pub fn name(self) -> &'static str {
+        match self {
+            CaptureKind::Splitter => "splitter",
+            CaptureKind::Ebpf => "ebpf",
+            CaptureKind::Scan => "scan",
+        }
+    }
+}
+
+/// Which capture the configured disks get, and for disks that were left to choose, why not eBPF if it is not.
 ///
 /// # Errors
 /// The disks want different ones, or one that the machine does not offer.
 pub fn choose_capture(config: &AgentConfig) -> Result<(CaptureKind, Option<String>), Problem> {
-    let wants = |choice| config.disks.iter().find(|disk| disk.capture == choice);
-    if let (Some(splitter), Some(ebpf)) = (wants(CaptureChoice::Splitter), wants(CaptureChoice::Ebpf)) {
+    let mut explicit = config.disks.iter().filter(|disk| disk.capture != CaptureChoice::Auto);
+    let wanted = explicit.next();
+    if let Some(first) = wanted
+        && let Some(other) = explicit.find(|disk| disk.capture != first.capture)
+    {
         return Err(Problem::usage(
             "the disks cannot be protected together",
-            format!("disk `{}` wants capture by eBPF, disk `{}` by the splitter", ebpf.name, splitter.name),
+            format!(
+                "disk `{}` wants capture by {}, disk `{}` by {}",
+                first.name, first.capture, other.name, other.capture
+            ),
             "choose one capture for all disks of a machine",
         ));
     }
-    if wants(CaptureChoice::Splitter).is_some() {
-        return Ok((CaptureKind::Splitter, None));
+    let obstacle = || ebpf_obstacle(config);
+    match wanted.map(|disk| (disk, disk.capture)) {
+        Some((_, CaptureChoice::Splitter)) => Ok((CaptureKind::Splitter, None)),
+        Some((_, CaptureChoice::Scan)) => Ok((CaptureKind::Scan, None)),
+        Some((disk, CaptureChoice::Ebpf)) => match obstacle() {
+            None => Ok((CaptureKind::Ebpf, None)),
+            Some(why) => Err(Problem::failed(
+                format!("disk `{}` cannot be captured by eBPF", disk.name),
+                why,
+                "mend that, or set capture = \"scan\" (points only when the disks rest), or capture = \"splitter\" and \
+                 use the disks through the agent",
+            )),
+        },
+        Some((_, CaptureChoice::Auto)) | None => Ok(match obstacle() {
+            None => (CaptureKind::Ebpf, None),
+            // Whoever uses block devices past the agent must not be taken for somebody who writes nothing.
+            Some(why) if config.disks.iter().all(is_device) => (CaptureKind::Scan, Some(why)),
+            Some(why) => (CaptureKind::Splitter, Some(why)),
+        }),
     }
-    let obstacle = ebpf_obstacle(config);
-    match (wants(CaptureChoice::Ebpf), obstacle) {
-        (_, None) => Ok((CaptureKind::Ebpf, None)),
-        (None, Some(why)) => Ok((CaptureKind::Splitter, Some(why))),
-        (Some(disk), Some(why)) => Err(Problem::failed(
-            format!("disk `{}` cannot be captured by eBPF", disk.name),
-            why,
-            "mend that, or set capture = \"splitter\" and use the disks through the agent",
-        )),
-    }
+}
+
+fn is_device(disk: &DiskConfig) -> bool {
+    std::fs::metadata(&disk.path).is_ok_and(|found| found.file_type().is_block_device())
 }
 
 /// Why these disks cannot be captured by eBPF.
 fn ebpf_obstacle(config: &AgentConfig) -> Option<String> {
-    let is_device =
-        |disk: &&DiskConfig| std::fs::metadata(&disk.path).is_ok_and(|found| found.file_type().is_block_device());
     if let Some(image) = config.disks.iter().find(|disk| !is_device(disk)) {
         return Some(format!("{} is not a block device", image.path.display()));
     }
@@ -83,6 +112,7 @@ pub(crate) enum Source {
     Splitter(Splitter),
     #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
     Ebpf(EbpfCounters),
+    Scan(Arc<ScanCounters>),
 }
 
 impl Source {
@@ -108,6 +138,7 @@ impl Source {
                 Ok((Source::Splitter(splitter), Box::new(capture)))
             }
             CaptureKind::Ebpf => open_ebpf(config, found, clock, machine),
+            CaptureKind::Scan => open_scan(config, found, clock, machine),
         }
     }
 
@@ -117,6 +148,7 @@ impl Source {
             Source::Splitter(splitter) => Some(splitter.disk(disk.geometry.disk).expect("every disk found was opened")),
             #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
             Source::Ebpf(_) => None,
+            Source::Scan(_) => None,
         }
     }
 
@@ -125,6 +157,7 @@ impl Source {
             Source::Splitter(splitter) => splitter.counts(),
             #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
             Source::Ebpf(counters) => counters.counts(),
+            Source::Scan(counters) => counters.counts(),
         };
         WriteStatus {
             changes: counts.changes,
@@ -147,6 +180,12 @@ impl Source {
                 "disks captured by eBPF are used past the agent",
                 "freeze their file systems",
             )),
+            Source::Scan(_) => Err(Problem::new(
+                ProblemKind::WrongUsage,
+                "the disks were not frozen",
+                "disks that are scanned are used past the agent",
+                "freeze their file systems",
+            )),
         }
     }
 
@@ -156,13 +195,55 @@ impl Source {
             Source::Splitter(splitter) => splitter.close(limit),
             #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
             Source::Ebpf(_) => Ok(()),
+            Source::Scan(_) => Ok(()),
         }
     }
 
-    /// Whether writes go on being captured when the agent has ended.
-    pub(crate) fn outlives_the_agent(&self) -> bool {
+    /// How scanning goes, if the disks are scanned.
+    pub(crate) fn scan(&self) -> Option<ScanStatus> {
+        match self {
+            Source::Scan(counters) => Some(counters.status()),
+            _ => None,
+        }
+    }
+
+    /// Has scanned disks be read at once.
+    pub(crate) fn hurry(&self) {
+        if let Source::Scan(counters) = self {
+            counters.hurry();
+        }
+    }
+
+    /// Whether the disks are used without the agent, whether it runs or not.
+    pub(crate) fn used_past_the_agent(&self) -> bool {
         !matches!(self, Source::Splitter(_))
     }
+}
+
+fn open_scan(
+    config: &AgentConfig,
+    found: &[FoundDisk],
+    clock: Arc<dyn Clock>,
+    machine: MachineId,
+) -> Result<(Source, Box<dyn Capture>), Problem> {
+    let advice = "mend that, or choose another capture for all disks";
+    let disk = |disk: &FoundDisk| {
+        let what = format!("disk `{}` cannot be scanned", disk.name);
+        let device = FileDevice::open_direct(disk.path()).map_err(|error| Problem::caused(&what, &error, advice))?;
+        let witness = witness::of(disk.path(), &device).map_err(|error| Problem::caused(&what, &error, advice))?;
+        Ok(ScanDisk { geometry: disk.geometry.clone(), device: Arc::new(device), witness })
+    };
+    let disks = found.iter().map(disk).collect::<Result<Vec<_>, Problem>>()?;
+    let scan_config = ScanConfig {
+        machine,
+        ring_bytes_max: config.ring_bytes_max,
+        quiet: Duration::from_millis(config.scan.quiet_ms),
+        every: Duration::from_secs(config.scan.every_s),
+        limits: config.limits,
+    };
+    let capture = ScanCapture::new(disks, clock, scan_config)
+        .map_err(|error| Problem::caused("the disks cannot be scanned", &error, advice))?;
+    Ok((Source::Scan(capture.counters()), Box::new(capture)))
 }
 
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use agent::wire::{decode, frame_of};
 use link::{Authority, Connection, FrameLink, LinkRuntime, Listener, Reception, Role, TokenOrder};
-use replication::cut::{CutPlanner, PointTime};
+use replication::cut::{Cut, CutPlanner, PointTime};
 use replication::geometry::{LEAF_BYTES, SECTOR_BYTES};
 use replication::receiver::{self, Action, Event, Greeting, Receiver, Remembered, SessionStart};
 use replication::wire::{HealContent, HealNeed, Hello, Message, OfferedLeaf};
@@ -80,6 +80,8 @@ pub struct Store {
     pub stalled: bool,
     /// Every change from the moment on at which somebody put a list here.
     pub log: Option<Vec<Change>>,
+    /// Every point from the moment on at which somebody put a list here: the cut, and what the first disk held.
+    pub points: Option<Vec<(Cut, Vec<u8>)>>,
 }
 
 impl Store {
@@ -131,6 +133,7 @@ impl Server {
             refuse: None,
             stalled: false,
             log: None,
+            points: None,
         };
         let mut server = Server {
             folder,
@@ -355,7 +358,8 @@ impl Session {
                 let journaled = store.journaled;
                 self.feed(store, Event::Journaled(journaled));
             }
-            Action::Cut(_) | Action::Proven { .. } => {}
+            Action::Cut(cut) => store.note_point(cut),
+            Action::Proven { .. } => {}
             Action::GapOpened { reach: Reach::Ranges(ranges), .. } => store.range_gaps.push(ranges),
             Action::GapOpened { cause, .. } => store.gaps.push(cause),
             Action::HealBegin { p0, whole, .. } => {
@@ -372,8 +376,9 @@ impl Session {
                 unreachable!("plain hashes are offered by leaf")
             }
             Action::HealData { heal, disk, range, content } => self.heal_data(store, heal, disk, range, &content),
-            Action::HealEnd { heal, .. } => {
+            Action::HealEnd { heal, cut } => {
                 self.heal = None;
+                store.note_point(cut);
                 let journaled = store.journaled;
                 self.feed(store, Event::Committed(journaled));
                 self.feed(store, Event::HealCommitted { heal });
@@ -402,6 +407,14 @@ impl Session {
 }
 
 impl Store {
+    /// Right only where nothing has come after the cut.
+    fn note_point(&mut self, cut: Cut) {
+        if let Some(points) = &mut self.points {
+            assert_eq!(cut.sequence, self.journaled, "no change lies behind a scan's end when it is told");
+            points.push((cut, self.replicas[&DiskId(0)].bytes.clone()));
+        }
+    }
+
     fn append(&mut self, change: &Change) {
         if let Some(log) = &mut self.log {
             log.push(change.clone());

@@ -202,6 +202,27 @@ fn describe(status: &AgentStatus) -> String {
             writes.failed
         ),
     );
+    if let Some(scan) = &status.scan {
+        line(
+            "scan",
+            format!(
+                "points exist only where a scan ends with the disks at rest; {} passes, {} of them disturbed by writes, {} \
+                 points, {} found changed",
+                scan.passes,
+                scan.disturbed,
+                scan.points,
+                bytes(scan.changed_bytes)
+            ),
+        );
+        let latest = match scan.last_point_ns {
+            0 => "none yet: the disks have not rested while they were read".to_owned(),
+            time => WallTime(time).to_string(),
+        };
+        line("latest", latest);
+        if !scan.blind.is_empty() {
+            line("blind", scan.blind.clone());
+        }
+    }
     let points = &status.consistency;
     if points.application_points + points.failures > 0 {
         line(

@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use agent::capture::scan::witness;
 use agent::config::AgentConfig;
 use agent::consistency;
 use agent::disks::{self, DiskRegister, FoundDisk};
@@ -11,7 +12,7 @@ use agent::service::source::{CaptureKind, choose_capture};
 use agent::state::StateDir;
 use link::{Connector, DenyList, Expected, LinkIdentity, LinkRuntime, Role, Trust};
 use serde::Serialize;
-use world::{Access, Clock, SystemClock};
+use world::{Access, Clock, FileDevice, SystemClock};
 
 use crate::output::{Output, bytes};
 
@@ -79,12 +80,52 @@ fn check_capture(config: &AgentConfig, findings: &mut Vec<Finding>, problems: &m
             let why = why.map(|why| format!("; not by eBPF: {why}")).unwrap_or_default();
             findings.push(finding("capture", format!("splitter: writes through the NBD exports are seen{why}")));
         }
+        Ok((CaptureKind::Scan, why)) => {
+            let why = why.map(|why| format!(" Not by eBPF: {why}.")).unwrap_or_default();
+            findings.push(finding(
+                "capture",
+                format!(
+                    "scan: the disks are read again and again, and nothing sees the writes. Lost against eBPF: a point \
+                     exists only where the disks rested while they were read, so disks that never rest have none but \
+                     application-consistent ones; what is written between two scans is in no point; every start reads \
+                     the disks whole.{why}"
+                ),
+            ));
+            check_witnesses(config, findings, problems);
+        }
         Ok((CaptureKind::Ebpf, _)) => {
             findings.push(finding("capture", "eBPF: every write to the disks is seen"));
             #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
             for found in agent::capture::ebpf::support::findings() {
                 findings.push(finding(found.subject, found.detail));
             }
+        }
+    }
+}
+
+/// Whether each disk tells that it was written to, without which no scan proves anything.
+fn check_witnesses(config: &AgentConfig, findings: &mut Vec<Finding>, problems: &mut Vec<Problem>) {
+    for disk in &config.disks {
+        // Disks that are not there were reported.
+        let Ok(device) = FileDevice::open_direct(&disk.path) else { continue };
+        match witness::of(&disk.path, &device) {
+            Ok(witness) if witness.is_proof() => {
+                findings.push(finding(
+                    format!("scan of {}", disk.name),
+                    "it counts its writes: one undisturbed pass is a point",
+                ));
+            }
+            Ok(_) => {
+                findings.push(finding(
+                    format!("scan of {}", disk.name),
+                    "an image file: two passes that agree are a point; do not write to it through a shared mapping",
+                ));
+            }
+            Err(error) => problems.push(Problem::caused(
+                format!("disk `{}` cannot be scanned", disk.name),
+                &error,
+                "mend that, or choose another capture for all disks",
+            )),
         }
     }
 }

@@ -15,6 +15,7 @@ use super::check::bounds;
 use super::disk;
 use super::home;
 use super::keep::{Kept, START_IMAGE};
+use super::kernel;
 use super::ledger::{Ledger, mix};
 use super::processes::{Programs, Running};
 use super::proof::{Claim, Evidence, Opening, Proof, copy_device, mismatch, open_image, prove};
@@ -73,7 +74,7 @@ fn now_ns() -> u64 {
 }
 
 /// The last word of an answer such as `paused 17`.
-fn number_of(answer: &str) -> Done<u64> {
+pub(crate) fn number_of(answer: &str) -> Done<u64> {
     answer
         .split(' ')
         .next_back()
@@ -207,6 +208,7 @@ pub(crate) fn play(plan: &Plan, paths: Paths, programs: Programs, output: Output
     home::fail_over_and_return(&mut site, &evidence, plan.seed, &mut figures, &watch, &say)?;
 
     vault_alone(&site, &start, made.file_system.is_some(), &say)?;
+    kernel::play(&mut site, plan.seed, &mut figures, output, &say)?;
     figures.add("vault at the end", bytes(folder_bytes(&site.paths.vault)));
     site.end()?;
     let picture = watch.finish(&[&history, &machine_history(&site)?]);
@@ -268,7 +270,7 @@ pub(crate) fn wait_committed(site: &mut Site) -> Done {
 fn machine_history(site: &Site) -> Done<ChainHistory> {
     let (store, keys) = (site.unlocked.store(), site.unlocked.keys());
     let catalog = Catalog::load(store, keys)?;
-    let machine = catalog.machines.values().next();
+    let machine = catalog.machines.values().find(|machine| machine.name == MACHINE);
     let chain =
         machine.map(|machine| machine.chain).ok_or_else(|| Failure::new("the vault knows no machine", "", ""))?;
     Ok(ChainHistory::load(store, keys, chain)?)

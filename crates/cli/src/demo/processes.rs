@@ -91,7 +91,7 @@ impl Programs {
             }
         });
         let stdin = child.stdin.take();
-        Ok(Running { name: log.to_owned(), child, stdin, answers, log: path, ended: false })
+        Ok(Running { name: log.to_owned(), child, stdin, answers, log: path, ended: false, cleans_up: false })
     }
 
     /// Runs `command` to its end and returns what it printed.
@@ -128,6 +128,8 @@ pub(crate) struct Running {
     answers: Receiver<String>,
     log: PathBuf,
     ended: bool,
+    /// It is not killed: it ends when its standard input does.
+    cleans_up: bool,
 }
 
 impl Running {
@@ -155,6 +157,18 @@ impl Running {
             Some(Ok(())) => Ok(()),
             _ => Err(self.failure(&format!("{} does not listen", self.name))),
         }
+    }
+
+    /// It is never killed, but waited for once its standard input has ended: it has to clean up.
+    pub(crate) fn outlives_its_owner(&mut self) {
+        self.cleans_up = true;
+    }
+
+    /// Ends its standard input, and waits until it has cleaned up, well.
+    pub(crate) fn finish(&mut self, limit: Duration) -> Done {
+        drop(self.stdin.take());
+        while self.line(limit)? != "gone" {}
+        self.end_by_itself()
     }
 
     /// Sends it a signal.
@@ -217,7 +231,10 @@ impl Running {
 
 impl Drop for Running {
     fn drop(&mut self) {
-        if !self.ended {
+        if !self.ended && self.cleans_up {
+            drop(self.stdin.take());
+            let _ = self.child.wait();
+        } else if !self.ended {
             // Also one that was stopped by a signal; only this very child is meant.
             let _ = self.child.kill();
             let _ = self.child.wait();

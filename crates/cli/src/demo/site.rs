@@ -133,15 +133,20 @@ impl Site {
         Ok(site)
     }
 
-    fn join(&self) -> Done {
+    /// Orders a token and has a machine of that name join with it.
+    pub(crate) fn join_machine(&self, name: &str, agent_state: &Path) -> Done {
         let config = self.paths.server_config();
         let token = self.programs.objects(&["token", "new", "--role", "agent", "--config", text(&config)?], "token")?;
         let token = token.first().and_then(|object| object["token"].as_str()).unwrap_or_default();
-        let token_file = self.paths.state.join("token");
+        let token_file = self.paths.state.join(format!("token-{name}"));
         secrets::write_new_secret(&token_file, token.as_bytes(), "token")?;
+        let join = ["join", "--token-file", text(&token_file)?, "--state-dir", text(agent_state)?, "--name", name];
+        self.programs.run(self.programs.agent(&join), "the agent's join").map(drop)
+    }
+
+    fn join(&self) -> Done {
         let agent_state = self.paths.state.join("agent");
-        let join = ["join", "--token-file", text(&token_file)?, "--state-dir", text(&agent_state)?, "--name", MACHINE];
-        self.programs.run(self.programs.agent(&join), "the agent's join")?;
+        self.join_machine(MACHINE, &agent_state)?;
         let config = format!(
             "state_dir = {agent_state:?}\nmachine_name = {MACHINE:?}\nring_bytes_max = {RING_BYTES}\n\
              rotate_every_ms = 3000\nproof_every_ms = 200\nnbd_socket = {:?}\n\n\

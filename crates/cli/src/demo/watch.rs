@@ -174,7 +174,7 @@ impl Shared {
     fn age_of_newest_point(&self) -> Option<u64> {
         let (store, keys) = (self.vault.store(), self.vault.keys());
         let catalog = Catalog::load(store, keys).ok()?;
-        let machine = catalog.machines.values().next()?;
+        let machine = catalog.machines.values().find(|machine| machine.name == super::site::MACHINE)?;
         let history = ChainHistory::load(store, keys, machine.chain).ok()?;
         let (_, last) = history.last_cut()?;
         let newest = match history.gaps().into_iter().find(|gap| gap.until.is_none()) {

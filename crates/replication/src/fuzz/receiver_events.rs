@@ -379,7 +379,7 @@ impl Owner<'_> {
             }
             Action::CompareGranules { offer, granules, .. } => self.offers.push((offer, granules.len())),
             Action::HealEnd { cut, .. } => {
-                assert!(cut.sequence <= self.received && cut.kind == CutKind::HealEnd);
+                assert!(cut.sequence <= self.received && matches!(cut.kind, CutKind::HealEnd | CutKind::Marker { .. }));
                 self.in_gap &= !self.of_machine;
             }
             Action::Disconnect { .. } => self.over = true,

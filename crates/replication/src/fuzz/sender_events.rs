@@ -151,7 +151,7 @@ impl Owner<'_> {
             12 | 13 => {
                 self.now += u64::from(self.script.u16()) << 14;
                 let drained = self.script.u8() & 1 == 0 && self.consumed == self.producer;
-                Event::Tick { now: SourceTime(self.now), drained }
+                Event::Tick { now: SourceTime(self.now), known: drained.then_some(SourceTime(self.now)) }
             }
             14..=17 => return self.answer(),
             18 => {

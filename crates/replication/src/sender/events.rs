@@ -123,10 +123,10 @@ pub enum Event {
     Passed(u64),
     /// Fed after every round of consuming.
     Report(CaptureReport),
-    /// `now` was read before the ring was last found empty, if `drained`.
+    /// Everything submitted before `known`, which is not after `now`, was handed in; none if that is not known.
     Tick {
         now: SourceTime,
-        drained: bool,
+        known: Option<SourceTime>,
     },
     /// Answer to [`Action::Rotate`]: the new epoch, or none because no slot is free yet.
     Rotated(Option<Epoch>),
@@ -182,7 +182,7 @@ pub enum Action {
         disk: DiskId,
         range: ByteRange,
     },
-    /// Read the producer position now.
+    /// Read the producer position, now or once everything up to there is a state of the disks.
     SampleProducer,
     /// The heal that covered the heal set is committed: forget it.
     ClearHealSet {
