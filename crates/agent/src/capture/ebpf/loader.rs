@@ -139,11 +139,13 @@ pub(super) fn install(
 ) -> Result<Installed, OpenEbpfError> {
     kernel::lift_memory_limit();
     let pinned = |error| OpenEbpfError::Pins { path: directory.to_owned(), source: error };
+    // Before the library reads the same megabytes: together they would stay with this process.
+    let queues_before = queues_before()?;
     let btf = Btf::from_sys_fs().map_err(|error| OpenEbpfError::Btf(error.to_string()))?;
     fs::create_dir_all(directory).map_err(pinned)?;
     let mut refusals = Vec::new();
     for variant in variants {
-        let mut ebpf = load(shape, &btf, object)?;
+        let mut ebpf = load(shape, &btf, object, &queues_before)?;
         match programs(&mut ebpf, &btf, *variant) {
             Ok(()) => {
                 let installed = pin_and_open(&ebpf, directory, shape, *variant).map_err(pinned)?;
@@ -159,14 +161,18 @@ pub(super) fn install(
     Err(OpenEbpfError::Refused(refusals.join("; ")))
 }
 
-fn load(shape: &Shape, btf: &Btf, object: &Object<'_>) -> Result<Ebpf, OpenEbpfError> {
-    let cpus = possible_cpus().map_err(OpenEbpfError::System)? as u32;
+/// Whether the tracepoints of submissions and of requests issued have the queue as their first argument.
+fn queues_before() -> Result<(u32, u32), OpenEbpfError> {
     let types = fs::read(types::OF_THE_KERNEL).map_err(OpenEbpfError::System)?;
-    let queue_before = |tracepoint: &str| match types::arguments_of(&types, tracepoint) {
+    let before = |tracepoint: &str| match types::arguments_of(&types, tracepoint) {
         Some(count) => Ok(u32::from(count > 1)),
         None => Err(OpenEbpfError::Btf(format!("it does not tell the arguments of the tracepoint {tracepoint}"))),
     };
-    let (before_bio, before_request) = (queue_before("block_bio_queue")?, queue_before("block_rq_issue")?);
+    Ok((before("block_bio_queue")?, before("block_rq_issue")?))
+}
+
+fn load(shape: &Shape, btf: &Btf, object: &Object<'_>, queues_before: &(u32, u32)) -> Result<Ebpf, OpenEbpfError> {
+    let cpus = possible_cpus().map_err(OpenEbpfError::System)? as u32;
     let mut loader = EbpfLoader::new();
     for (name, value) in object.settings {
         loader.override_global(name, value, true);
@@ -176,8 +182,8 @@ fn load(shape: &Shape, btf: &Btf, object: &Object<'_>) -> Result<Ebpf, OpenEbpfE
         .map_max_entries("ring", u32::try_from(shape.ring_bytes).map_err(|_| OpenEbpfError::RingSize)?)
         .map_max_entries("cpus", cpus)
         .map_max_entries("dirty", (shape.dirty_bytes() / 8) as u32)
-        .override_global("queue_before_bio", &before_bio, true)
-        .override_global("queue_before_request", &before_request, true)
+        .override_global("queue_before_bio", &queues_before.0, true)
+        .override_global("queue_before_request", &queues_before.1, true)
         .load(object.bytes)
         .map_err(|error| OpenEbpfError::Refused(chain(&error)))
 }

@@ -19,7 +19,7 @@ const KIND_FUNCTION_TYPE: u32 = 13;
 pub(super) fn arguments_of(types: &[u8], tracepoint: &str) -> Option<usize> {
     let types = Types::parse(types)?;
     let name = format!("btf_trace_{tracepoint}");
-    let defined = types.all.iter().find(|it| it.kind == KIND_TYPEDEF && types.is_named(it, &name))?;
+    let defined = types.all().find(|it| it.kind == KIND_TYPEDEF && types.is_named(it, &name))?;
     let pointer = types.numbered(defined.refers_to).filter(|it| it.kind == KIND_POINTER)?;
     let function = types.numbered(pointer.refers_to).filter(|it| it.kind == KIND_FUNCTION_TYPE)?;
     function.members.checked_sub(1)
@@ -33,8 +33,9 @@ struct Type {
     refers_to: u32,
 }
 
+/// The sections of a description. Types are read as they are needed: a kernel has more than a hundred thousand.
 struct Types<'a> {
-    all: Vec<Type>,
+    types: &'a [u8],
     strings: &'a [u8],
 }
 
@@ -48,19 +49,22 @@ impl<'a> Types<'a> {
             return None;
         }
         let section = |at: usize, len: usize| bytes.get(header.checked_add(at)?..)?.get(..len);
-        let (mut rest, strings) = (section(types_at, types_len)?, section(strings_at, strings_len)?);
-        let mut all = Vec::new();
-        while !rest.is_empty() {
-            let (info, refers_to) = (word(rest, 4)?, word(rest, 8)?);
-            let (kind, members) = (info >> 24 & 31, (info & 0xffff) as usize);
-            all.push(Type { name_at: word(rest, 0)? as usize, kind, members, refers_to });
-            rest = rest.get(HEAD_BYTES + tail_bytes(kind, members)?..)?;
-        }
-        Some(Types { all, strings })
+        Some(Types { types: section(types_at, types_len)?, strings: section(strings_at, strings_len)? })
     }
 
-    fn numbered(&self, number: u32) -> Option<&Type> {
-        self.all.get((number as usize).checked_sub(1)?)
+    /// In order, from number one; ends at one of a kind that is not known.
+    fn all(&self) -> impl Iterator<Item = Type> {
+        let mut rest = self.types;
+        std::iter::from_fn(move || {
+            let (name_at, info, refers_to) = (word(rest, 0)? as usize, word(rest, 4)?, word(rest, 8)?);
+            let (kind, members) = (info >> 24 & 31, (info & 0xffff) as usize);
+            rest = rest.get(HEAD_BYTES + tail_bytes(kind, members)?..)?;
+            Some(Type { name_at, kind, members, refers_to })
+        })
+    }
+
+    fn numbered(&self, number: u32) -> Option<Type> {
+        self.all().nth((number as usize).checked_sub(1)?)
     }
 
     fn is_named(&self, it: &Type, name: &str) -> bool {
