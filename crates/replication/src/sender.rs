@@ -406,7 +406,9 @@ impl Sender {
             (Message::Welcome(welcome), Link::Greeting) => self.welcomed(welcome, out),
             (Message::Refuse { reason, .. }, _) => out.push(Action::Refused(reason)),
             (Message::Ack { journaled, committed, window_bytes }, Link::Up { .. }) => {
-                if journaled > self.assigned || journaled < self.released || committed > journaled {
+                // What has not gone out on this link is nobody's to acknowledge: it would leave the ring and be nowhere.
+                let [_, sent, ..] = self.watermarks();
+                if journaled > sent || journaled < self.released || committed > journaled {
                     let reason =
                         format!("the receiver acknowledged {journaled}, committed {committed}: not what was sent");
                     out.push(Action::Disconnect(reason));
