@@ -13,8 +13,8 @@ use std::time::Duration;
 pub(super) const FILE_SYSTEMS_MAX: usize = 512;
 
 /// `_IOWR('X', 119, int)` and `_IOWR('X', 120, int)`.
-const FIFREEZE: libc::c_ulong = 0xC004_5877;
-const FITHAW: libc::c_ulong = 0xC004_5878;
+const FIFREEZE: libc::Ioctl = 0xC004_5877_u32 as libc::Ioctl;
+const FITHAW: libc::Ioctl = 0xC004_5878_u32 as libc::Ioctl;
 
 /// Stops all writers of the file system that `fd` lies on, and writes out what they left. Returns when it is at rest.
 pub(super) fn freeze(fd: BorrowedFd<'_>) -> io::Result<()> {
@@ -26,7 +26,7 @@ pub(super) fn thaw(fd: BorrowedFd<'_>) -> io::Result<()> {
     order(fd, FITHAW)
 }
 
-fn order(fd: BorrowedFd<'_>, order: libc::c_ulong) -> io::Result<()> {
+fn order(fd: BorrowedFd<'_>, order: libc::Ioctl) -> io::Result<()> {
     // SAFETY: the descriptor is open as long as it is borrowed; both orders ignore their argument.
     #[allow(unsafe_code)]
     let result = unsafe { libc::ioctl(fd.as_raw_fd(), order, 0) };
