@@ -186,6 +186,8 @@ pub struct Pipeline {
     announced: Vec<replication::DiskGeometry>,
     /// A sender to which continuity is lost: everything is committed before its generation is opened.
     renewing: Option<Renewal>,
+    /// Where the newest heal of this session begins: it may end gaps before, and none behind.
+    heal_begun: SequenceNumber,
     /// Called from the journal's thread when [`Pipeline::step`] has something to do.
     wake: Arc<dyn Fn() + Send + Sync>,
 }
@@ -297,6 +299,9 @@ impl Pipeline {
         }
         for change in &changes {
             self.last_point = self.last_point.max(PointTime(change.time.0));
+            if let ChangeKind::HealStart { .. } = change.kind {
+                self.heal_begun = change.sequence;
+            }
         }
         if fits {
             self.load(changes);

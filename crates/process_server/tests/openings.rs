@@ -375,3 +375,44 @@ fn a_server_that_was_fenced_in_its_sleep_learns_it_from_the_sender() {
     let unheard = hello(1, Some(Resume { generation: Generation(77), ..resume }), HealNeed::Nothing);
     greet(&mut awake, &unheard);
 }
+
+#[test]
+fn a_tail_that_was_dropped_is_not_looked_for_again() {
+    let site = Site::new();
+    let server = site.server("server");
+    let process = server.start();
+    let mut pipeline = process.open(Some(&hello(1, None, HealNeed::Maps))).expect("a new chain");
+    let mut sending = Sending::whole(&process, &mut pipeline);
+    sending.write(None, 2);
+    drop((pipeline, sending, process));
+    drop(site.server("other").start().open(Some(&hello(9, None, HealNeed::Maps))).expect("it takes over"));
+    // The first time it is dropped; the second time the session is the journal's own, and holds nothing.
+    for _ in 0..2 {
+        let mut pipeline = server.start().open(None).expect("opens");
+        settle(&mut pipeline);
+    }
+}
+
+#[test]
+fn what_fails_again_behind_the_start_of_a_heal_is_another_gap() {
+    let site = Site::new();
+    let process = site.server("server").start();
+    let mut pipeline = process.open(Some(&hello(1, None, HealNeed::Maps))).expect("a new chain");
+    let mut sending = Sending::whole(&process, &mut pipeline);
+    let reach = Reach::Ranges(Ranges::of([(DiskId(0), ByteRange::new(4096, 4096))]));
+    let failed = |at| Message::Break { at, reach: reach.clone(), cause: "a write failed".into() };
+    sending.tell(Some(&mut pipeline), failed(SequenceNumber(sending.next.0 - 1)));
+    let heal = HealId(2);
+    let p0 = sending.change(Some(&mut pipeline), ChangeKind::HealStart { heal });
+    // The heal may have read that place before.
+    sending.tell(Some(&mut pipeline), failed(p0));
+    let (whole, hashes, planned_bytes) = (false, OfferHashes::Plain, 4096);
+    let begin = Message::HealBegin { heal, p0, whole, reach: reach.clone(), hashes, planned_bytes };
+    sending.tell(Some(&mut pipeline), begin);
+    sending.tell(Some(&mut pipeline), Message::HealEnd { heal, end: p0 });
+    sending.write(Some(&mut pipeline), 3);
+    settle(&mut pipeline);
+    let gaps = site.history(pipeline.chain()).gaps();
+    let of_ranges: Vec<_> = gaps.iter().skip(1).map(|gap| (gap.after, gap.until.is_some())).collect();
+    assert_eq!(of_ranges, [(SequenceNumber(p0.0 - 1), true), (p0, false)], "{gaps:?}");
+}

@@ -106,7 +106,8 @@ impl BranchSite {
             }
             Err(error) if is_transient(&error) => {
                 let known = self.host().list().map_err(|error| format!("branches cannot be listed: {error:?}"))?;
-                let new = known.into_iter().find(|info| info.ended.is_none() && self.index_of(info.branch).is_none());
+                let is_it = |branch| id.map_or_else(|| self.index_of(branch).is_none(), |id| id == branch);
+                let new = known.into_iter().find(|info| info.ended.is_none() && is_it(info.branch));
                 Ok(Ok(match new {
                     Some(info) => {
                         let expected = announced(info.parent.sequence);

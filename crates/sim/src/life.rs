@@ -282,7 +282,11 @@ impl World {
         let mut failed = 0;
         let mut broken_down = Vec::new();
         // Closed, or about to learn that it is, or not yet on the way to where the machine went.
-        let may_be_closed = self.closed.is_some() || self.is_deciding() || !self.branches.left_behind.is_empty();
+        let may_be_closed = self.closed.is_some()
+            || self.is_deciding()
+            || !self.branches.left_behind.is_empty()
+            // Cancelled a moment ago: it had looked before.
+            || self.last_of.get(&Fault::FailoverCancelled) == Some(&self.time.now());
         for (index, server) in self.servers.iter_mut().enumerate() {
             for end in server.ends.drain(..) {
                 let (fenced, unavailable) = (end.contains("Fenced"), end.contains("Unavailable"));

@@ -98,6 +98,15 @@ pub struct Ended {
     pub then: Maintenance,
 }
 
+/// How much heal data may be under way: more than these disks hold, as on real machines; or little, so that heals take
+/// many turns and end only by what is credited.
+fn heal_window_bytes(bug: Option<Bug>) -> u64 {
+    match bug == Some(Bug::CreditNotPaid) || std::env::var_os("FARSHORE_SIM_NARROW").is_some() {
+        true => 32 << 10,
+        false => replication::limits::HEAL_WINDOW_BYTES,
+    }
+}
+
 /// Disks that a machine may come to have.
 const DISKS_MAX: usize = 3;
 /// Size of a disk that is added, in bytes.
@@ -216,8 +225,7 @@ impl Source {
             rotate_every_ns: 3_000_000_000,
             proof_every_ns: 500_000_000,
             heal_chunk_bytes: 64 * 1024,
-            // A small part of what a heal sends here: it comes to an end by what is credited.
-            heal_window_bytes: 32 * 1024,
+            heal_window_bytes: heal_window_bytes(self.bug),
         };
         let capture = SpoiledCapture::new(capture, self.bug, interference);
         let (clock, mark) = (Arc::new(self.clock.clone()), Box::new(self.mark.clone()));

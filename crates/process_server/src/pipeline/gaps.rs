@@ -108,8 +108,9 @@ impl Pipeline {
                 GapScope::Machine
             }
             Reach::Ranges(ranges) => {
-                // A sender tells of what it lacks on each new link.
-                if self.ranges_of_gaps(|gap| gap.after <= at).covers(ranges) {
+                // A sender tells of what it lacks on each new link. What it lacks again behind the start of a heal is
+                // another gap: that heal may have read before, and ends the earlier one.
+                if self.ranges_of_gaps(|gap| gap.after <= at && gap.after >= self.heal_begun).covers(ranges) {
                     return;
                 }
                 scope_of(reach, self.disks())

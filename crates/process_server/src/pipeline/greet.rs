@@ -3,7 +3,7 @@
 use replication::cut::{CutKind, CutPlanner, PointTime};
 use replication::receiver::{Greeting, Receiver, Remembered, SessionStart, greet};
 use replication::wire::{HealNeed, Hello, Message, RefusalCode, Resume};
-use replication::{InstanceId, MachineId, Reach, StreamHash};
+use replication::{InstanceId, MachineId, Reach, SequenceNumber, StreamHash};
 use vault::manifest::Delta;
 use vault::{ChainHistory, ChainWriter, VaultError};
 
@@ -92,6 +92,8 @@ impl Pipeline {
         };
         self.last_boot = Some((hello.boot, hello.vm_generation));
         self.announced = hello.disks.clone();
+        // What was under way begins anew.
+        self.heal_begun = SequenceNumber(0);
         // A stream that goes on tells of its disks in their place; a new one begins behind every earlier point.
         let begin = self.writer.generation().base().max(self.journaled);
         for geometry in hello.disks.iter().filter(|_| !continues) {

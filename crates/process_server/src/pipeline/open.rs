@@ -217,7 +217,9 @@ impl Pipeline {
         match own {
             Some(state) => {
                 pipeline.tell_intent(&state, &history);
-                pipeline.journaled = state.last.max(history.through);
+                // What was dropped used its numbers up, and is nowhere.
+                let tail = if state.has_uncommitted() { state.last } else { history.through };
+                pipeline.journaled = tail.max(history.through);
                 pipeline.loaded = history.through;
                 pipeline.replay_through = pipeline.journaled;
                 pipeline.stream = pipeline.stream_at_end(&state);
@@ -268,6 +270,7 @@ impl Pipeline {
             geometries: Vec::new(),
             announced: Vec::new(),
             renewing: None,
+            heal_begun: SequenceNumber(0),
             wake: Arc::new(|| {}),
             writer,
         }

@@ -23,6 +23,8 @@ pub(super) struct Decision {
     successor: ChainId,
     outcome: Outcome,
     decide_at: u64,
+    /// The branch holds a sector that nobody can read: no machine can run on it.
+    unusable: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -75,7 +77,7 @@ impl World {
             self.strike(Fault::ServerSuspended);
             self.suspended_until[self.assigned] = self.time.now() + self.branches.rng.below(25 * SECOND);
         }
-        self.decision = Some(Decision { chain, successor: ChainId(successor), outcome, decide_at });
+        self.decision = Some(Decision { chain, successor: ChainId(successor), outcome, decide_at, unusable: false });
         Ok(())
     }
 
@@ -106,6 +108,9 @@ impl World {
             self.judge_refusals(&history)?;
             return Ok(Some(decision));
         }
+        if decision.unusable {
+            return Ok((!self.take_back(chain)?).then_some(decision));
+        }
         let site = &self.branches.site;
         let Some(index) = site.index_of(successor) else {
             let announced = self.announced.clone();
@@ -115,8 +120,7 @@ impl World {
             };
             let opened = self.open_branch((chain, Some(successor)), &moment, &announced, u64::MAX)?;
             if opened.is_none() && self.branches.site.index_of(successor).is_some() {
-                // It holds a sector that nobody can read: no machine can run on it.
-                decision.outcome = Outcome::Cancelled;
+                (decision.unusable, decision.outcome) = (true, Outcome::Cancelled);
             }
             return Ok(Some(decision));
         };
@@ -125,11 +129,9 @@ impl World {
         }
         match decision.outcome {
             Outcome::Cancelled => {
-                if self.control(|control| control.cancel(chain, "it was a drill"))?.is_none() {
+                if !self.take_back(chain)? {
                     return Ok(Some(decision));
                 }
-                self.closed = None;
-                self.strike(Fault::FailoverCancelled);
                 let until = self.time.now() + self.branches.rng.below(20 * SECOND);
                 self.branches.site.tenants[index].ends_at = until;
             }
@@ -143,6 +145,16 @@ impl World {
             Outcome::LeftToTheReturn => self.go_on_as(index),
         }
         Ok(None)
+    }
+
+    /// Cancels the failover; `false` if the store was at fault.
+    fn take_back(&mut self, chain: ChainId) -> Result<bool, String> {
+        let done = self.control(|control| control.cancel(chain, "it was a drill"))?.is_some();
+        if done {
+            self.closed = None;
+            self.strike(Fault::FailoverCancelled);
+        }
+        Ok(done)
     }
 
     /// The machine is shut down, and goes on as the branch.
