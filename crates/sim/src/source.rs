@@ -98,10 +98,17 @@ pub struct Ended {
     pub then: Maintenance,
 }
 
-/// How much heal data may be under way: more than these disks hold, as on real machines; or little, so that heals take
-/// many turns and end only by what is credited.
+/// The variable with which every life is narrow.
+pub const NARROW: &str = "FARSHORE_SIM_NARROW";
+
+/// Whether every life has a small heal window, so that heals take many turns and end only by what is credited.
+pub fn is_narrow() -> bool {
+    std::env::var_os(NARROW).is_some()
+}
+
+/// How much heal data may be under way: more than these disks hold, as on real machines, unless lives are narrow.
 fn heal_window_bytes(bug: Option<Bug>) -> u64 {
-    match bug == Some(Bug::CreditNotPaid) || std::env::var_os("FARSHORE_SIM_NARROW").is_some() {
+    match bug == Some(Bug::CreditNotPaid) || is_narrow() {
         true => 32 << 10,
         false => replication::limits::HEAL_WINDOW_BYTES,
     }

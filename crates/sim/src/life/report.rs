@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 
 use crate::planted::Bug;
+use crate::source::{NARROW, is_narrow};
 
 macro_rules! faults {
     ($($(#[$doc:meta])* $name:ident),* $(,)?) => {
@@ -105,6 +106,7 @@ impl fmt::Display for Violation {
         let seconds = self.at_ns as f64 / 1e9;
         writeln!(f, "seed {} at {seconds:.3} s: {}", self.seed, self.what)?;
         let planted = self.bug.map(|bug| format!(" --plant {bug:?}")).unwrap_or_default();
-        write!(f, "  replay: cargo run --release -p sim -- --seed {}{planted}", self.seed)
+        let narrow = if is_narrow() { format!("{NARROW}=1 ") } else { String::new() };
+        write!(f, "  replay: {narrow}cargo run --release -p sim -- --seed {}{planted}", self.seed)
     }
 }
