@@ -57,7 +57,10 @@ while true; do sh </dev/ttyS1 2>&1 | cat >/dev/ttyS1; done
 ";
 
 /// Writes to the root disk: each number is in the ledger before its files are written, and synced before it is told.
+/// A size may be durable before the bytes that it counts, so a ledger that lost its power, or was left at any point, may end
+/// with zeroes where a line was not synced yet. They are taken away before it goes on, or they would stand between its lines.
 const LOAD: &str = "#!/bin/busybox sh
+tr -d '\\000' < /ledger > /ledger.mended && sync && mv /ledger.mended /ledger && sync
 i=$(tail -n 1 /ledger)
 while [ ! -e /tmp/stop ]; do
 	i=$((i+1))
