@@ -201,6 +201,11 @@ trait Case {
     /// Programs without which it is left out, and said to be.
     fn needs(&self) -> &'static [&'static str];
 
+    /// Why this machine cannot run it, if programs are not the reason.
+    fn hindrance(&self) -> Option<String> {
+        None
+    }
+
     /// Whether it measures our own programs.
     fn is_ours(&self) -> bool {
         false
@@ -234,6 +239,10 @@ pub(crate) fn run(options: &Options) -> Result<bool> {
     };
     if options.programs.is_none() && wanted.iter().any(|case| case.is_ours()) {
         crate::process::run(cargo().args(["build", "--release", "--package", "farshore", "--bins"]))?;
+        if wanted.iter().any(|case| case.name() == cases::CAPTURE) {
+            let example = ["build", "--release", "--package", "agent", "--example", "discarding_server"];
+            crate::process::run(cargo().args(example))?;
+        }
     }
     let disk = Reference::provide(&base, options.size)?;
     let mut all = Measured::default();
@@ -245,6 +254,11 @@ pub(crate) fn run(options: &Options) -> Result<bool> {
         if !lacking.is_empty() {
             println!("SKIPPED: bench {}: {} is not installed", case.name(), lacking.join(", "));
             left_out.push(format!("{} ({} is not installed)", case.name(), lacking.join(", ")));
+            continue;
+        }
+        if let Some(why) = case.hindrance() {
+            println!("SKIPPED: bench {}: {why}", case.name());
+            left_out.push(format!("{} ({why})", case.name()));
             continue;
         }
         println!("== {} ({} s since the start)", case.name(), begun.elapsed().as_secs());

@@ -81,6 +81,7 @@ pub(crate) const FOR_BENCHMARKS: &[Component] = &[
     qemu("qemu-img"),
     qemu("qemu-nbd"),
     libnbd("nbdcopy"),
+    component("fio", &["fio"], &["fio"], &["fio"], &["fio"]),
 ];
 
 /// Those of `wanted` that this machine lacks.

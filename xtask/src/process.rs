@@ -169,7 +169,7 @@ pub(crate) fn wait_without_reaping(child: &Child) -> Result<()> {
 }
 
 /// User and system time of a process and of its children that were waited for, so far.
-fn processor_time(pid: u32) -> Option<(Duration, Duration)> {
+pub(crate) fn processor_time(pid: u32) -> Option<(Duration, Duration)> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     parse_processor_time(&stat)
 }
@@ -242,6 +242,24 @@ pub(crate) fn resident_bytes_now(pid: u32) -> u64 {
 /// The part of it that is mapped files: the program itself, and what it maps.
 pub(crate) fn resident_file_bytes_now(pid: u32) -> u64 {
     resident(pid, "RssFile:")
+}
+
+/// What a process holds in memory of mappings whose name contains `name`, in bytes; zero if it is gone.
+pub(crate) fn mapped_bytes_now(pid: u32, name: &str) -> u64 {
+    let text = fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap_or_default();
+    let mut wanted = false;
+    let mut bytes = 0;
+    for line in text.lines() {
+        match line.strip_prefix("Rss:") {
+            Some(kib) if wanted => {
+                bytes += kib.trim().trim_end_matches(" kB").parse::<u64>().unwrap_or(0) << 10;
+            }
+            // The line that begins a mapping ends with its name; no other has an address.
+            _ if line.split(' ').next().is_some_and(|word| word.contains('-')) => wanted = line.contains(name),
+            _ => {}
+        }
+    }
+    bytes
 }
 
 fn resident(pid: u32, field: &str) -> u64 {

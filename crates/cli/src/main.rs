@@ -9,6 +9,7 @@ mod failure;
 mod keeper;
 mod moment;
 mod output;
+mod parent;
 mod progress;
 mod secrets;
 mod vault_access;
@@ -18,6 +19,7 @@ use std::process::ExitCode;
 use clap::Parser;
 
 fn main() -> ExitCode {
+    parent::end_with_it();
     // Clap prints its own message and ends with 2 on wrong usage, with 0 after help.
     let arguments = arguments::Arguments::parse();
     match arguments.run() {

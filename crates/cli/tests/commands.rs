@@ -585,3 +585,39 @@ fn wrong_usage_is_exit_code_two_and_completion_knows_the_verbs() {
     }
     assert!(world.run("demo --keep .").err.contains("is not empty"));
 }
+
+/// The command lines of the processes whose parent is `parent`, or that name `folder`.
+fn processes(parent: u32, folder: &str) -> Vec<String> {
+    let numbers = fs::read_dir("/proc").expect("listed").flatten();
+    let numbers = numbers.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+    let line = |process: u32| {
+        let line = fs::read(format!("/proc/{process}/cmdline")).unwrap_or_default();
+        let stat = fs::read_to_string(format!("/proc/{process}/stat")).unwrap_or_default();
+        let of = stat.rsplit(')').next().and_then(|rest| rest.split_whitespace().nth(1)?.parse().ok());
+        let line = String::from_utf8_lossy(&line).replace('\0', " ");
+        // One that has ended and was not waited for has no command line.
+        (!line.is_empty() && (of == Some(parent) || line.contains(folder))).then_some(line)
+    };
+    numbers.filter_map(line).collect()
+}
+
+#[test]
+fn a_demo_that_is_killed_leaves_no_process() {
+    let world = World::new();
+    let mut command = world.command("demo --keep kept");
+    let mut demo = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("starts");
+    let (id, folder) = (demo.id(), world.path("kept"));
+    let until = |good: &dyn Fn(&[String]) -> bool| {
+        let now = || processes(id, folder.to_str().expect("a text"));
+        let waited = (0..600).any(|_| {
+            std::thread::sleep(std::time::Duration::from_millis(100));
+            good(&now())
+        });
+        assert!(waited, "{:?}", now());
+    };
+    let has = |lines: &[String], word: &str| lines.iter().any(|line| line.contains(word));
+    until(&|lines| has(lines, " server ") && has(lines, " run "));
+    demo.kill().expect("killed");
+    demo.wait().expect("ended");
+    until(&|lines| lines.is_empty());
+}

@@ -16,6 +16,9 @@ pub(super) const ZSTD_ROW: &str = "zstd -1 -T2";
 pub(super) const RESTIC_BACKUP_ROW: &str = "restic backup";
 pub(super) const RESTIC_DUMP_ROW: &str = "restic dump";
 
+/// The case that takes a program which is no part of the product.
+pub(super) const CAPTURE: &str = "farshore-capture";
+
 /// Every case, in the order in which they run.
 pub(super) fn all() -> Vec<Box<dyn Case>> {
     vec![
@@ -28,5 +31,6 @@ pub(super) fn all() -> Vec<Box<dyn Case>> {
         Box::new(farshore::Day),
         Box::new(farshore::Idle),
         Box::new(farshore::Churn),
+        Box::new(farshore::Capture),
     ]
 }

@@ -18,6 +18,12 @@ pub(super) enum Promised {
     ServerMemory,
     FailbackBytes,
     FailbackTime,
+    CaptureCapped,
+    CaptureMemory,
+    CaptureSequential,
+    CaptureMarks,
+    AgentRestart,
+    IdleAgent,
 }
 
 impl Promised {
@@ -36,6 +42,16 @@ impl Promised {
             Promised::ServerMemory => "memory of the process server per idle machine",
             Promised::FailbackBytes => "failback after a change of 1 %: bytes sent",
             Promised::FailbackTime => "failback after a change of 1 %: time until home follows, and what is read twice",
+            Promised::CaptureCapped => {
+                "eBPF: random 4 KiB writes, queue depth 16, on a device of 100 MB/s, all roles here"
+            }
+            Promised::CaptureMemory => "eBPF: the same on a memory device, beside a server that discards",
+            Promised::CaptureSequential => {
+                "eBPF: sequential 1 MiB writes on a device of 1 GB/s, beside a server that discards"
+            }
+            Promised::CaptureMarks => "eBPF: dirty map mode, random 4 KiB writes on a memory device",
+            Promised::AgentRestart => "eBPF: from `kill -9` of the agent to streaming again",
+            Promised::IdleAgent => "eBPF: an idle agent",
         }
     }
 
@@ -54,6 +70,12 @@ impl Promised {
             Promised::ServerMemory => "≤ 4 MiB",
             Promised::FailbackBytes => "≤ 1.1 × changed bytes",
             Promised::FailbackTime => "about one local read of the home disk, and ≤ 2 × changed bytes again",
+            Promised::CaptureCapped => "≥ 0.90 × bare, no gap",
+            Promised::CaptureMemory => "≥ 0.80 × bare",
+            Promised::CaptureSequential => "≥ 0.90 × bare, no gap at 300 MB/s",
+            Promised::CaptureMarks => "≥ 0.98 × bare",
+            Promised::AgentRestart => "≤ 1 s, no gap",
+            Promised::IdleAgent => "≤ 0.5 % of a core, ≤ 40 MiB besides the ring",
         }
     }
 }

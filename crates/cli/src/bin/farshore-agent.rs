@@ -19,6 +19,8 @@ mod look;
 mod metrics;
 #[path = "../agent/output.rs"]
 mod output;
+#[path = "../parent.rs"]
+mod parent;
 #[path = "../agent/run.rs"]
 mod run;
 
@@ -123,6 +125,7 @@ impl Target {
 }
 
 fn main() -> ExitCode {
+    parent::end_with_it();
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => {

@@ -13,6 +13,7 @@ use serde_json::Value;
 use world::{Clock, SystemClock};
 
 use crate::failure::{Done, Failure, io_failure};
+use crate::parent::ENDS_WITH;
 
 /// Lines of a log that a failure shows.
 const LOG_LINES: usize = 12;
@@ -74,12 +75,14 @@ impl Programs {
         command
     }
 
-    /// Starts `command` and leaves it running. `log` names its log.
+    /// Starts `command` and leaves it running, but not beyond this process. Must be called by a thread that stays: the system
+    /// takes the thread for the parent. `log` names its log.
     pub(crate) fn start(&self, mut command: Command, log: &str) -> Done<Running> {
         let path = self.logs.join(format!("{log}.log"));
         let refused = |error: std::io::Error| io_failure(format!("{log} cannot be started"), &error);
         let file = File::options().create(true).append(true).open(&path).map_err(refused)?;
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(file);
+        command.env(ENDS_WITH, std::process::id().to_string());
         let mut child = command.spawn().map_err(refused)?;
         let stdout = child.stdout.take().expect("it was asked for");
         let (lines, answers) = sync_channel(256);

@@ -212,7 +212,7 @@ fn serve(
         }
         next = if frames < FRAMES_PER_ROUND_MAX { link.try_recv()? } else { None };
     }
-    session.sync()?;
+    session.acknowledge()?;
     for message in session.out.drain(..) {
         link.send(replication_frame(&message))?;
     }

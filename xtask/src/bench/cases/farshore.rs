@@ -3,10 +3,12 @@
 //!
 //! Times end when the vault can recover what is measured: a point of it is listed with the recovery key.
 
+mod capture;
 mod churn;
 mod counted_link;
 mod day;
 mod failback;
+mod fio;
 mod idle;
 mod nbd_client;
 mod read;
@@ -17,6 +19,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 
+pub(super) use self::capture::Capture;
 pub(super) use self::churn::Churn;
 pub(super) use self::day::Day;
 pub(super) use self::idle::Idle;

@@ -1,19 +1,27 @@
 //! Writing a disk to an image file: raw and sparse by ourselves, other formats by `qemu-img` over NBD.
 
+use std::collections::VecDeque;
 use std::fs::{File, OpenOptions};
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
+use std::sync::mpsc::{SyncSender, sync_channel};
+use std::thread::{self, Scope};
 
 use nbd::{DeviceExport, ExportTable, Listen, Server, ServerOptions};
-use world::{BlockDevice, BlockError, ExtentKind};
+use world::{BlockDevice, BlockError, Extent, ExtentKind};
 
 use super::read_only::PointDevice;
 use crate::failure::{Done, Failure, chain, io_failure};
 use crate::progress::{Progress, StopRequest};
 
+/// Bytes decoded at once, on all cores. Two of these are in the cache.
+const WINDOW_BYTES: u64 = 16 << 20;
+/// Bytes after which the system is made to write, so that little is left to wait for at the end.
+const FLUSH_BYTES: u64 = 64 << 20;
 /// Bytes written at once. Zeroes of this length and alignment become holes.
 const PIECE_BYTES: u64 = 1 << 20;
 const HOLE_BYTES: usize = 64 << 10;
@@ -22,8 +30,8 @@ const HOLE_BYTES: usize = 64 << 10;
 pub(super) fn write_raw(device: &PointDevice, to: &Path, progress: &mut Progress, stop: &StopRequest) -> Done {
     let refused = |error: &io::Error| io_failure(format!("{} cannot be written", to.display()), error);
     let file = OpenOptions::new().write(true).create_new(true).open(to).map_err(|error| refused(&error))?;
-    let written = fill(device, &file, to, progress, stop)
-        .and_then(|()| rustix::fs::fsync(&file).map_err(|error| refused(&error.into())));
+    let mut image = Image { file: &file, to, progress, stop };
+    let written = image.fill(device).and_then(|()| rustix::fs::fsync(&file).map_err(|error| refused(&error.into())));
     if written.is_err() {
         // Half an image would be taken for a whole one.
         let _ = std::fs::remove_file(to);
@@ -31,36 +39,110 @@ pub(super) fn write_raw(device: &PointDevice, to: &Path, progress: &mut Progress
     written
 }
 
-fn fill(device: &PointDevice, file: &File, to: &Path, progress: &mut Progress, stop: &StopRequest) -> Done {
-    let refused = |error: &io::Error| io_failure(format!("{} cannot be written", to.display()), error);
-    file.set_len(device.size()).map_err(|error| refused(&error))?;
-    let mut position = 0;
-    let mut buffer = vec![0; PIECE_BYTES as usize];
-    while position < device.size() {
-        let extents = device.extents(position..device.size()).map_err(|error| unreadable(&error))?;
-        for extent in extents {
-            if extent.kind == ExtentKind::Data {
-                let mut at = extent.range.start;
-                let mut fetched = at;
-                while at < extent.range.end {
-                    stop.check(&format!("the unfinished {} was removed", to.display()))?;
-                    if at >= fetched {
-                        fetched = device.prefetch(at, extent.range.end).map_err(|error| unreadable(&error))?;
-                    }
-                    let len = PIECE_BYTES.min(extent.range.end - at).min(fetched - at);
-                    let piece = &mut buffer[..len as usize];
-                    device.read_at(at, piece).map_err(|error| unreadable(&error))?;
-                    write_sparsely(file, at, piece).map_err(|error| refused(&error))?;
-                    at += len;
-                    progress.advance(len);
-                }
-            } else {
-                progress.advance(extent.range.end - extent.range.start);
-            }
-            position = extent.range.end;
-        }
+/// A raw image that is being written.
+struct Image<'a> {
+    file: &'a File,
+    to: &'a Path,
+    progress: &'a mut Progress,
+    stop: &'a StopRequest,
+}
+
+impl Image<'_> {
+    /// While a window is written the next one is decoded, and what was written before is on its way to the medium: three
+    /// things that would wait for each other otherwise.
+    fn fill(&mut self, device: &PointDevice) -> Done {
+        self.file.set_len(device.size()).map_err(|error| self.refused(&error))?;
+        let file = self.file;
+        thread::scope(|scope| {
+            // If it is still busy when the next word comes, that one includes this one.
+            let (flush, words) = sync_channel(1);
+            let flushing = scope.spawn(move || words.iter().try_for_each(|()| rustix::fs::fdatasync(file)));
+            let filled = self.fill_windows(scope, device, &flush);
+            drop(flush);
+            // The system tells of a failed write once only, so what it said here must not be lost.
+            let flushed = flushing.join().expect("a thread that flushes does not panic");
+            filled?;
+            flushed.map_err(|error| self.refused(&error.into()))
+        })
     }
-    Ok(())
+
+    fn fill_windows<'scope>(
+        &mut self,
+        scope: &'scope Scope<'scope, '_>,
+        device: &'scope PointDevice,
+        flush: &SyncSender<()>,
+    ) -> Done {
+        let mut windows = Windows { device, position: 0, extents: VecDeque::new() };
+        let fetch = |window: Option<Extent>| {
+            window.map(|window| {
+                scope.spawn(move || match window.kind {
+                    ExtentKind::Data => device.prefetch(&window.range).map(|()| window),
+                    ExtentKind::Zero | ExtentKind::Hole => Ok(window),
+                })
+            })
+        };
+        let mut buffer = vec![0; PIECE_BYTES as usize];
+        let mut fetching = fetch(windows.next().map_err(|error| unreadable(&error))?);
+        let mut unflushed = 0;
+        while let Some(fetched) = fetching {
+            let window = fetched.join().expect("decoding does not panic").map_err(|error| unreadable(&error))?;
+            fetching = fetch(windows.next().map_err(|error| unreadable(&error))?);
+            let len = window.range.end - window.range.start;
+            if window.kind == ExtentKind::Data {
+                self.copy(device, window.range, &mut buffer)?;
+                unflushed += len;
+            } else {
+                self.progress.advance(len);
+            }
+            if unflushed >= FLUSH_BYTES && flush.try_send(()).is_ok() {
+                unflushed = 0;
+            }
+        }
+        Ok(())
+    }
+
+    fn copy(&mut self, device: &PointDevice, range: Range<u64>, buffer: &mut [u8]) -> Done {
+        let mut at = range.start;
+        while at < range.end {
+            self.stop.check(&format!("the unfinished {} was removed", self.to.display()))?;
+            let piece = &mut buffer[..PIECE_BYTES.min(range.end - at) as usize];
+            device.read_at(at, piece).map_err(|error| unreadable(&error))?;
+            write_sparsely(self.file, at, piece).map_err(|error| self.refused(&error))?;
+            at += piece.len() as u64;
+            self.progress.advance(piece.len() as u64);
+        }
+        Ok(())
+    }
+
+    fn refused(&self, error: &io::Error) -> Failure {
+        io_failure(format!("{} cannot be written", self.to.display()), error)
+    }
+}
+
+/// The extents of a disk, those with data in pieces that are decoded at once.
+struct Windows<'a> {
+    device: &'a PointDevice,
+    /// Where the extents that were not looked up yet begin.
+    position: u64,
+    extents: VecDeque<Extent>,
+}
+
+impl Windows<'_> {
+    fn next(&mut self) -> Result<Option<Extent>, BlockError> {
+        if self.extents.is_empty() && self.position < self.device.size() {
+            self.extents = self.device.extents(self.position..self.device.size())?.into();
+            self.position = self.extents.back().map_or(self.device.size(), |last| last.range.end);
+        }
+        let Some(extent) = self.extents.front_mut() else { return Ok(None) };
+        let len = extent.range.end - extent.range.start;
+        if extent.kind != ExtentKind::Data || len <= WINDOW_BYTES {
+            return Ok(self.extents.pop_front());
+        }
+        let end = extent.range.start + WINDOW_BYTES;
+        let window = Extent { range: extent.range.start..end, kind: extent.kind };
+        extent.range.start = end;
+        Ok(Some(window))
+    }
 }
 
 fn write_sparsely(file: &File, offset: u64, bytes: &[u8]) -> io::Result<()> {

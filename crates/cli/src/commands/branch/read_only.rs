@@ -10,8 +10,6 @@ use world::{BlockDevice, BlockError, Extent};
 
 use crate::failure::chain;
 
-/// Bytes fetched ahead of a reader that goes through the disk.
-const AHEAD_BYTES: u64 = 16 << 20;
 /// Pieces of an allocation map that one look returns.
 const EXTENTS_MAX: usize = 1 << 14;
 
@@ -24,14 +22,13 @@ pub(super) struct PointDevice {
 }
 
 impl PointDevice {
-    /// Decodes what reads of `start..start + AHEAD_BYTES` will need, on all cores.
-    pub(super) fn prefetch(&self, start: u64, end: u64) -> Result<u64, BlockError> {
-        let end = end.min(start + AHEAD_BYTES);
+    /// Decodes what reads of `range` will need, on all cores.
+    pub(super) fn prefetch(&self, range: &Range<u64>) -> Result<(), BlockError> {
         let workers = std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
-        if let Some(range) = ByteRange::between(start, end) {
-            self.view.prefetch(self.cut, self.disk, range, workers).map_err(block_error)?;
+        match ByteRange::between(range.start, range.end) {
+            Some(range) => self.view.prefetch(self.cut, self.disk, range, workers).map_err(block_error),
+            None => Ok(()),
         }
-        Ok(end)
     }
 }
 

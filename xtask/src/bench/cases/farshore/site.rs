@@ -42,6 +42,19 @@ impl Running {
         self.child.id()
     }
 
+    /// Kills it, as `kill -9` does, and waits until it has ended.
+    pub(super) fn kill(&mut self) -> Result<()> {
+        self.child.kill()?;
+        self.child.wait()?;
+        Ok(())
+    }
+
+    /// Stops it where it is, or has it go on.
+    pub(super) fn suspend(&self, suspended: bool) -> Result<()> {
+        let signal = if suspended { Signal::STOP } else { Signal::CONT };
+        Ok(kill_process(Pid::from_child(&self.child), signal)?)
+    }
+
     /// Asks it to end in order, and waits until it has.
     pub(super) fn end(&mut self) -> Result<()> {
         kill_process(Pid::from_child(&self.child), Signal::TERM)?;
@@ -136,13 +149,18 @@ impl Site {
         self.scratch.join(format!("{machine}.{kind}"))
     }
 
-    /// Enrols `machine`. Its disk will be where [`Site::image`] says.
-    pub(super) fn join(&self, machine: &str) -> Result<()> {
+    /// A token for one agent.
+    pub(super) fn token(&self) -> Result<String> {
         let mut token = bare(&self.programs.join("farshore"));
         token.args(["--json", "token", "new", "--role", "agent", "--address", &self.address, "--config"]);
         let token: Value = serde_json::from_str(&output_of(token.arg(self.scratch.join("server.toml")))?)?;
+        token["token"].as_str().map(str::to_owned).context("no token")
+    }
+
+    /// Enrols `machine`. Its disk will be where [`Site::image`] says.
+    pub(super) fn join(&self, machine: &str) -> Result<()> {
         let token_file = self.path(machine, "token");
-        fs::write(&token_file, token["token"].as_str().context("no token")?)?;
+        fs::write(&token_file, self.token()?)?;
         let state = self.path(machine, "state");
         let mut join = bare(&self.programs.join("farshore-agent"));
         join.args(["join", "--name", machine, "--token-file"]).arg(&token_file).arg("--state-dir").arg(&state);
@@ -261,7 +279,7 @@ impl Site {
 }
 
 /// A command that nothing of the caller's own settings reaches.
-fn bare(program: &Path) -> Command {
+pub(super) fn bare(program: &Path) -> Command {
     let mut command = Command::new(program);
     for (name, _) in std::env::vars_os() {
         if name.to_string_lossy().starts_with("FARSHORE_") {
@@ -272,14 +290,14 @@ fn bare(program: &Path) -> Command {
     command
 }
 
-fn start(command: &mut Command, log: &Path) -> Result<(Running, ChildStdout)> {
+pub(super) fn start(command: &mut Command, log: &Path) -> Result<(Running, ChildStdout)> {
     let errors = File::options().create(true).append(true).open(log)?;
     let mut child = command.stdout(Stdio::piped()).stderr(errors).spawn().context("cannot start the product")?;
     let said = child.stdout.take().expect("standard output is piped one line above");
     Ok((Running { child }, said))
 }
 
-fn output_of(command: &mut Command) -> Result<String> {
+pub(super) fn output_of(command: &mut Command) -> Result<String> {
     let output = command.output().context("cannot run the product")?;
     ensure!(output.status.success(), "{command:?} failed: {}", String::from_utf8_lossy(&output.stderr));
     Ok(String::from_utf8(output.stdout)?)
