@@ -312,6 +312,8 @@ impl Pipeline {
     fn load(&mut self, changes: Vec<Change>) {
         for change in changes {
             self.loaded = change.sequence;
+            // What a restart found in the journal has its point time already: the next session's must not lie before it.
+            self.last_point = self.last_point.max(PointTime(change.time.0));
             self.pending.bytes += change.kind.data_len() as u64;
             // The session's receiver decides on cuts; this planner follows, to know where the next session starts. For
             // changes that a restart found in the journal nobody else has decided.

@@ -22,8 +22,11 @@ use replication::{
 };
 use vault::keys::{PassphraseCost, WriterRole, WriterSession};
 use vault::pack::load_dedup;
+use vault::points::Which;
 use vault::view_source::{CacheBytes, FrameSource};
-use vault::{ChainHistory, FolderStore, ObjectName, OpenKeys, Store, StoreError, UnlockedVault, Vault, WriterKeys};
+use vault::{
+    ChainHistory, FolderStore, ObjectName, OpenKeys, Points, Store, StoreError, UnlockedVault, Vault, WriterKeys,
+};
 use world::{Clock, Entropy, Files, RealFiles, SystemClock, SystemEntropy};
 
 const MACHINE: MachineId = MachineId([7; 16]);
@@ -201,17 +204,14 @@ struct Sending {
     ingest: Ingest,
     next: SequenceNumber,
     hash: StreamHash,
+    /// The sender's clock.
+    now: SourceTime,
 }
 
 impl Sending {
     /// Begins a session, and heals what is empty: the stream is whole from then on.
     fn whole(process: &Process, pipeline: &mut Pipeline) -> Sending {
-        let (receiver, welcome) = greet(pipeline, &hello(1, None, HealNeed::Maps));
-        let log = Arc::clone(&process.services.log);
-        let mut ingest = Ingest::new(welcome.chain, log, 1 << 20, Arc::new(|| {}));
-        ingest.begin(*receiver);
-        let next = SequenceNumber(welcome.generation.base().0 + 1);
-        let mut sending = Sending { ingest, next, hash: welcome.hash };
+        let mut sending = Sending::begun(process, pipeline, &hello(1, None, HealNeed::Maps));
         let heal = HealId(1);
         let p0 = sending.change(Some(&mut *pipeline), ChangeKind::HealStart { heal });
         let (reach, hashes) = (Reach::Machine, OfferHashes::Plain);
@@ -221,6 +221,16 @@ impl Sending {
         sending.write(Some(&mut *pipeline), 1);
         settle(pipeline);
         sending
+    }
+
+    /// Begins a session.
+    fn begun(process: &Process, pipeline: &mut Pipeline, hello: &Hello) -> Sending {
+        let (receiver, welcome) = greet(pipeline, hello);
+        let log = Arc::clone(&process.services.log);
+        let mut ingest = Ingest::new(welcome.chain, log, 1 << 20, Arc::new(|| {}));
+        ingest.begin(*receiver);
+        let next = SequenceNumber(welcome.generation.base().0 + 1);
+        Sending { ingest, next, hash: welcome.hash, now: SourceTime(1) }
     }
 
     fn tell(&mut self, pipeline: Option<&mut Pipeline>, message: Message) {
@@ -237,7 +247,7 @@ impl Sending {
 
     fn change(&mut self, pipeline: Option<&mut Pipeline>, kind: ChangeKind) -> SequenceNumber {
         let sequence = self.next;
-        let change = Change { sequence, time: SourceTime(1), disk: DiskId(0), continues: false, kind };
+        let change = Change { sequence, time: self.now, disk: DiskId(0), continues: false, kind };
         self.hash = change.extend_hash(self.hash);
         self.next = sequence.next();
         self.tell(pipeline, Message::Changes(vec![change]));
@@ -391,6 +401,37 @@ fn a_tail_that_was_dropped_is_not_looked_for_again() {
         let mut pipeline = server.start().open(None).expect("opens");
         settle(&mut pipeline);
     }
+}
+
+/// Point time never goes back along a chain, whatever the clocks do while the server is down.
+#[test]
+fn what_a_restart_finds_in_the_journal_has_told_the_time() {
+    const SECOND: u64 = 1_000_000_000;
+    let site = Site::new();
+    let server = site.server("server");
+    let process = server.start();
+    let mut pipeline = process.open(Some(&hello(1, None, HealNeed::Maps))).expect("a new chain");
+    let mut sending = Sending::whole(&process, &mut pipeline);
+    for seconds in [3600, 3602] {
+        sending.now = SourceTime(seconds * SECOND);
+        sending.write(None, 2);
+    }
+    let (chain, resume) = (pipeline.chain(), sending.resume(&pipeline));
+    drop((pipeline, sending, process));
+
+    // By the server's clock it is an hour earlier.
+    let process = server.start();
+    let mut pipeline = process.open(None).expect("opens");
+    let mut sending = Sending::begun(&process, &mut pipeline, &hello(1, Some(resume), HealNeed::Nothing));
+    let at = sending.write(Some(&mut pipeline), 3);
+    let cause = "the send buffer was full".into();
+    sending.tell(Some(&mut pipeline), Message::Break { at, reach: Reach::Machine, cause });
+    settle(&mut pipeline);
+    let history = site.history(chain);
+    let points = Points::new(site.unlocked.store(), site.unlocked.keys(), &history);
+    let cuts = points.between(PointTime(0), PointTime(u64::MAX), 10, Which::All).expect("readable");
+    assert_eq!(cuts.last().map(|cut| cut.sequence), Some(at), "{cuts:?}");
+    assert!(cuts.len() >= 3 && cuts.is_sorted_by_key(|cut| cut.time), "{cuts:?}");
 }
 
 #[test]

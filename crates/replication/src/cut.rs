@@ -134,16 +134,15 @@ impl CutPlanner {
         if self.inside_request { None } else { self.close_before(time) }
     }
 
-    /// Whether the newest complete request is a marker, whose place is a cut.
-    pub fn is_at_marker(&self) -> bool {
-        self.marked.is_some()
-    }
-
     /// Closes the stream at its newest complete request: at a heal's end, a break, or the end of a generation. A heal that
-    /// ends with a marker ends with that marker's point.
+    /// ends with a marker ends with that marker's point. Where a second or a marker ended, nothing else does: the label of
+    /// a second lies behind its last request, so another cut there would go back in time.
     pub fn close(&mut self, kind: CutKind) -> Option<Cut> {
-        self.open = None;
+        let is_cut = self.open.take().is_none();
         let (sequence, time) = self.newest?;
+        if is_cut && kind == CutKind::GenerationEnd {
+            return None;
+        }
         let kind = match (kind, &self.marked) {
             (CutKind::HealEnd, Some((kind, name))) => CutKind::Marker { kind: kind.clone(), name: name.clone() },
             (kind, _) => kind,
@@ -211,5 +210,21 @@ mod tests {
             prop_assert_eq!(cuts.last().map(|cut| cut.sequence), Some(SequenceNumber(sequence)));
             prop_assert!(cuts.is_sorted_by(|a, b| a.sequence < b.sequence && a.time < b.time));
         }
+    }
+
+    /// A stream that breaks in silence breaks behind the point that its last second is: no second label, and none before it.
+    #[test]
+    fn a_break_behind_a_cut_makes_no_other() {
+        let mut planner = CutPlanner::default();
+        planner.change(&zero(1, SECOND + 7, false));
+        let second = Cut { sequence: SequenceNumber(1), time: PointTime(2 * SECOND), kind: CutKind::Second };
+        assert_eq!(planner.proven(PointTime(2 * SECOND + 1)), Some(second));
+        assert_eq!(planner.close(CutKind::GenerationEnd), None);
+        planner.change(&zero(2, 2 * SECOND + 9, false));
+        let end = Cut { sequence: SequenceNumber(2), time: PointTime(2 * SECOND + 9), kind: CutKind::GenerationEnd };
+        assert_eq!(planner.close(CutKind::GenerationEnd), Some(end));
+        assert_eq!(planner.close(CutKind::GenerationEnd), None);
+        // A heal ends where it ends, whatever was cut there inside its gap.
+        assert!(planner.close(CutKind::HealEnd).is_some());
     }
 }

@@ -499,10 +499,8 @@ impl Receiver {
         }
         self.in_gap = true;
         // Everything received so far is a legal prefix: its end is the last point before the gap, if it is not one already.
-        let is_point = self.planner.is_at_marker();
         if let Some(cut) = self.planner.close(CutKind::GenerationEnd)
             && cut.sequence <= at
-            && !is_point
         {
             out.push(Action::Cut(cut));
         }

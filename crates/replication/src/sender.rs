@@ -560,3 +560,6 @@ impl Sender {
 fn window_cost(change: &Change) -> u64 {
     change.kind.data_len() as u64 + CHANGE_OVERHEAD_BYTES
 }
+
+#[cfg(test)]
+mod tests;

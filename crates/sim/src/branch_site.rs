@@ -153,9 +153,7 @@ impl BranchSite {
             let lost_power = self.lost_power;
             match self.host().reopen(id) {
                 Ok(branch) => {
-                    if let Seen::Unreadable = self.tenants[index].opened(branch, lost_power, now)? {
-                        self.tenants[index].ends_at = 0;
-                    }
+                    self.tenants[index].opened(branch, lost_power, now)?;
                 }
                 Err(error) if is_transient(&error) => return Ok(()),
                 // The order itself was lost: nobody was told that the branch exists.

@@ -43,7 +43,7 @@ use crate::tenant::{Announced, AnnouncedPoints};
 
 use branches::Branches;
 
-pub use report::{Fault, Report, Undisturbed, Violation};
+pub use report::{Fault, Report, Undisturbed, Violation, Width};
 
 const MILLISECOND: u64 = 1_000_000;
 const SECOND: u64 = 1000 * MILLISECOND;
@@ -104,13 +104,13 @@ struct World {
 ///
 /// # Errors
 /// The first broken promise.
-pub fn run(seed: u64, bug: Option<Bug>) -> Result<Report, Violation> {
-    let mut world = World::new(seed, bug);
-    world.live().map_err(|what| Violation { seed, at_ns: world.time.now(), what, bug })
+pub fn run((seed, width): (u64, Width), bug: Option<Bug>) -> Result<Report, Violation> {
+    let mut world = World::new(seed, width, bug);
+    world.live().map_err(|what| Violation { seed, width, at_ns: world.time.now(), what, bug })
 }
 
 impl World {
-    fn new(seed: u64, bug: Option<Bug>) -> World {
+    fn new(seed: u64, width: Width, bug: Option<Bug>) -> World {
         let mut rng = Rng::new(seed);
         let time = TrueTime::default();
         let vault_files = SimFiles::new(rng.draw());
@@ -125,6 +125,8 @@ impl World {
             disk_bytes: vec![288 * 1024, 100 * 1024 + 512],
             ring_bytes: 96 * 1024,
             write_bytes_max: 12 * 1024,
+            // With more, nobody waits for credit.
+            heal_window_bytes: if bug == Some(Bug::CreditNotPaid) { Width::Narrow } else { width }.heal_window_bytes(),
         };
         let source = Source::new(shape, &time, rng.fork(), bug);
         let servers = ["A", "B"]

@@ -4,7 +4,7 @@ use std::process::ExitCode;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
-use sim::life::{Fault, Report, Undisturbed, Violation, run};
+use sim::life::{Fault, Report, Undisturbed, Violation, Width, run};
 use sim::planted::{ALL, Bug};
 
 /// Lives within which each planted bug must be caught.
@@ -17,6 +17,15 @@ struct Options {
     planted: bool,
     within: u64,
     twice: bool,
+    /// How every life is lived, if that is not left to its seed.
+    width: Option<Width>,
+}
+
+impl Options {
+    /// The life with this seed.
+    fn life(&self, seed: u64) -> (u64, Width) {
+        (seed, self.width.unwrap_or(Width::of(seed)))
+    }
 }
 
 fn main() -> ExitCode {
@@ -24,18 +33,20 @@ fn main() -> ExitCode {
         Ok(options) => options,
         Err(problem) => {
             eprintln!(
-                "error: {problem}\n  usage: sim [--seeds N] [--from N] [--seed N] [--once] [--plant BUG] [--planted [--within N]]"
+                "error: {problem}\n  usage: sim [--seeds N] [--from N] [--seed N] [--narrow|--wide] [--once] [--plant BUG] \
+                 [--planted [--within N]]"
             );
             return ExitCode::from(2);
         }
     };
     let healthy = options.count == 0 || lives(&options);
-    let caught = !options.planted || planted(options.within);
+    let caught = !options.planted || planted(&options);
     if healthy && caught { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
 fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Options, String> {
-    let mut options = Options { first: 1, count: 100, bug: None, planted: false, within: PLANTED_SEEDS, twice: true };
+    let (within, width) = (PLANTED_SEEDS, None);
+    let mut options = Options { first: 1, count: 100, bug: None, planted: false, within, twice: true, width };
     while let Some(argument) = arguments.next() {
         let mut number = || -> Result<u64, String> {
             let value = arguments.next().ok_or(format!("{argument} needs a number"))?;
@@ -52,6 +63,8 @@ fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Options, String>
             "--planted" => options.planted = true,
             "--within" => options.within = number()?,
             "--once" => options.twice = false,
+            "--narrow" => options.width = Some(Width::Narrow),
+            "--wide" => options.width = Some(Width::Wide),
             other => return Err(format!("there is no option {other}")),
         }
     }
@@ -104,32 +117,34 @@ fn lives(options: &Options) -> bool {
 }
 
 fn live(seed: u64, options: &Options) -> Result<Report, Violation> {
-    let report = caught(seed, options.bug)?;
-    if options.twice && seed.is_multiple_of(10) && caught(seed, options.bug)?.trace != report.trace {
-        return Err(Violation::of_run(seed, options.bug, "two runs did not do the same".into()));
+    let life = options.life(seed);
+    let report = caught(life, options.bug)?;
+    if options.twice && seed.is_multiple_of(10) && caught(life, options.bug)?.trace != report.trace {
+        return Err(Violation::of_run(life, options.bug, "two runs did not do the same".into()));
     }
     Ok(report)
 }
 
 /// A panic of the code under test is a violation too.
-fn caught(seed: u64, bug: Option<Bug>) -> Result<Report, Violation> {
-    std::panic::catch_unwind(|| run(seed, bug)).unwrap_or_else(|panic| {
+fn caught(life: (u64, Width), bug: Option<Bug>) -> Result<Report, Violation> {
+    std::panic::catch_unwind(|| run(life, bug)).unwrap_or_else(|panic| {
         let text = panic.downcast_ref::<String>().cloned();
         let what = text.or_else(|| panic.downcast_ref::<&str>().map(ToString::to_string));
-        Err(Violation::of_run(seed, bug, format!("panic: {}", what.unwrap_or_default())))
+        Err(Violation::of_run(life, bug, format!("panic: {}", what.unwrap_or_default())))
     })
 }
 
-/// Every planted bug must be caught within `seeds` lives. Each core takes the next bug, and a bug's lives end with the
+/// Every planted bug must be caught within so many lives. Each core takes the next bug, and a bug's lives end with the
 /// first that catches it.
-fn planted(seeds: u64) -> bool {
+fn planted(options: &Options) -> bool {
+    let seeds = options.within;
     // Half of the bugs end in a panic of the code they were put into; what it says is in the violation.
     std::panic::set_hook(Box::new(|_| {}));
     let next = AtomicUsize::new(0);
     let missed = AtomicUsize::new(0);
     on_all_cores(|| {
         while let Some(&bug) = ALL.get(next.fetch_add(1, Ordering::Relaxed)) {
-            match (1..=seeds).find_map(|seed| caught(seed, Some(bug)).err()) {
+            match (1..=seeds).find_map(|seed| caught(options.life(seed), Some(bug)).err()) {
                 Some(violation) => println!("planted {bug:?}: caught by {}", shortened(&violation)),
                 None => {
                     missed.fetch_add(1, Ordering::Relaxed);

@@ -47,6 +47,8 @@ pub struct SourceShape {
     pub ring_bytes: u64,
     /// Largest write of the workload in bytes.
     pub write_bytes_max: u64,
+    /// How much heal data may be under way, in bytes.
+    pub heal_window_bytes: u64,
 }
 
 #[derive(Debug, Clone, Default)]
@@ -98,22 +100,6 @@ pub struct Ended {
     pub then: Maintenance,
 }
 
-/// The variable with which every life is narrow.
-pub const NARROW: &str = "FARSHORE_SIM_NARROW";
-
-/// Whether every life has a small heal window, so that heals take many turns and end only by what is credited.
-pub fn is_narrow() -> bool {
-    std::env::var_os(NARROW).is_some()
-}
-
-/// How much heal data may be under way: more than these disks hold, as on real machines, unless lives are narrow.
-fn heal_window_bytes(bug: Option<Bug>) -> u64 {
-    match bug == Some(Bug::CreditNotPaid) || is_narrow() {
-        true => 32 << 10,
-        false => replication::limits::HEAL_WINDOW_BYTES,
-    }
-}
-
 /// Disks that a machine may come to have.
 const DISKS_MAX: usize = 3;
 /// Size of a disk that is added, in bytes.
@@ -136,7 +122,8 @@ pub struct Source {
     boot: [u8; 16],
     running: Option<Running>,
     link: Option<LinkEnd>,
-    broken: Option<u64>,
+    /// Sectors of disk 0 that cannot be read, by their first bytes.
+    broken: BTreeSet<u64>,
     /// Leaves written since the machine came home from a branch, and bytes that the vault could not compare then.
     written_since_home: Option<(BTreeSet<(DiskId, u64)>, u64)>,
     /// Writes that happened inside the agent's step.
@@ -183,7 +170,7 @@ impl Source {
             boot,
             running: None,
             link: None,
-            broken: None,
+            broken: BTreeSet::new(),
             written_since_home: None,
             interfered: Arc::default(),
             runs: 0,
@@ -232,7 +219,7 @@ impl Source {
             rotate_every_ns: 3_000_000_000,
             proof_every_ns: 500_000_000,
             heal_chunk_bytes: 64 * 1024,
-            heal_window_bytes: heal_window_bytes(self.bug),
+            heal_window_bytes: self.shape.heal_window_bytes,
         };
         let capture = SpoiledCapture::new(capture, self.bug, interference);
         let (clock, mark) = (Arc::new(self.clock.clone()), Box::new(self.mark.clone()));
@@ -251,7 +238,7 @@ impl Source {
     /// Takes the disks out of service and lets the agent end, once what it has is journaled or `limit_ns` is over.
     /// Whether there is an agent that can.
     pub fn stop_in_order(&mut self, limit_ns: u64, then: Maintenance) -> bool {
-        let Some(running) = self.running.as_ref().filter(|_| self.broken.is_none() && self.stopping.is_none()) else {
+        let Some(running) = self.running.as_ref().filter(|_| self.broken.is_empty() && self.stopping.is_none()) else {
             return false;
         };
         running.splitter.close(Duration::from_secs(1)).expect("nothing is in flight, and the disks work");
@@ -403,7 +390,7 @@ impl Source {
             self.scribble(&disks[index].1);
         }
         disks.iter().for_each(|(_, disk)| disk.flush().expect("the disk is whole"));
-        self.broken = None;
+        self.broken.clear();
         disks
     }
 
@@ -591,12 +578,13 @@ impl Source {
         let sectors = self.shape.disk_bytes[0] / 512;
         let offset = self.rng.below(sectors) * 512;
         self.disks[0].1.break_sector(offset);
-        self.broken = Some(offset);
+        self.broken.insert(offset);
     }
 
-    /// Writes the broken sector, if there is one, through the splitter.
+    /// Writes one of the broken sectors, if there is one, through the splitter.
     pub fn mend_sector(&mut self) {
-        let (Some(offset), Some(running)) = (self.broken.take(), &self.running) else { return };
+        let Some(running) = &self.running else { return };
+        let Some(offset) = self.broken.pop_first() else { return };
         debug_assert!(self.stopping.is_none(), "nobody stops an agent while a sector is broken");
         let (disk, data) = (self.disks[0].0.disk, [0x5a; 512]);
         let splitter = running.splitter.disk(disk).expect("a protected disk");

@@ -74,6 +74,8 @@ pub struct Tenant {
     pub newest_label: PointTime,
     /// A machine runs on it: it is not thrown away.
     pub is_failover: bool,
+    /// It holds a sector that its source could not read: no machine can run on it.
+    pub is_unreadable: bool,
     /// When its user has had enough.
     pub ends_at: u64,
 }
@@ -100,6 +102,7 @@ impl Tenant {
             announced: AnnouncedPoints::new(),
             newest_label: PointTime(0),
             is_failover: false,
+            is_unreadable: false,
             ends_at,
         }
     }
@@ -133,7 +136,10 @@ impl Tenant {
             return Err(format!("branch {} opened as {}", self.id, branch.id()));
         }
         self.branch = Some(Arc::new(branch));
-        let Some(disks) = self.contents()? else { return Ok(Seen::Unreadable) };
+        let Some(disks) = self.contents()? else {
+            self.is_unreadable = true;
+            return Ok(Seen::Unreadable);
+        };
         let found = digest_of(&disks);
         let Some(model) = &mut self.model else {
             if let Some((expected, lacking)) = &self.expected

@@ -193,7 +193,13 @@ impl Place {
 }
 
 fn small() -> SourceShape {
-    SourceShape { disk_bytes: vec![320 << 10, 100 << 10], ring_bytes: 96 << 10, write_bytes_max: 12 << 10 }
+    let heal_window_bytes = replication::limits::HEAL_WINDOW_BYTES;
+    SourceShape {
+        disk_bytes: vec![320 << 10, 100 << 10],
+        ring_bytes: 96 << 10,
+        write_bytes_max: 12 << 10,
+        heal_window_bytes,
+    }
 }
 
 /// Runs into an outage until the journal has been full for long. Returns what the sender was told is journaled.
@@ -258,7 +264,7 @@ fn a_server_killed_in_an_outage_commits_what_its_full_journal_holds() {
 /// More than a sender may have under way, of bytes that nobody has yet.
 fn heal_in_an_outage() {
     let disk_bytes = 44 << 20;
-    let shape = SourceShape { disk_bytes: vec![disk_bytes], ring_bytes: 96 << 10, write_bytes_max: 4 << 20 };
+    let shape = SourceShape { disk_bytes: vec![disk_bytes], write_bytes_max: 4 << 20, ..small() };
     let mut place = Place::new(4, shape, None);
     place.source.start_agent();
     (0..60).for_each(|_| place.source.write_something());

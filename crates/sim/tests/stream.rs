@@ -321,6 +321,7 @@ fn run(seed: u64) -> Tally {
         disk_bytes: vec![256 * 1024, 96 * 1024 + 512],
         ring_bytes: 48 * 1024,
         write_bytes_max: 12 * 1024,
+        heal_window_bytes: replication::limits::HEAL_WINDOW_BYTES,
     };
     let mut source = Source::new(shape.clone(), &time, rng.fork(), None);
     let mut server = PlainServer::new(&time, shape.disk_bytes.clone());

@@ -19,19 +19,26 @@ impl Sender {
         }
     }
 
-    /// Has ranges healed that the stream lacks behind `at`.
-    pub(super) fn lack(&mut self, at: SequenceNumber, ranges: Ranges, cause: &str) {
+    /// Has ranges healed that the stream lacks behind `at`. `false` if that is too much for single ranges: then the stream
+    /// is broken there as a whole, which no heal mends that has a `p0` already.
+    pub(super) fn lack(&mut self, at: SequenceNumber, ranges: Ranges, cause: &str) -> bool {
         let since = match self.heal {
             Heal::Idle | Heal::Wanted | Heal::Rotating => SequenceNumber(0),
             _ => self.p0,
         };
-        if !self.lacking.note(at.max(since), ranges, cause, since) {
-            self.break_stream(format!("{cause}, too often for single ranges"));
+        let at = at.max(since);
+        let fits = self.lacking.note(at, ranges, cause, since);
+        if !fits {
+            if !matches!(self.stream, StreamState::Broken { .. }) {
+                self.stream = StreamState::Broken { at, cause: format!("{cause}, too often for single ranges") };
+                self.break_announced = false;
+            }
             self.lacking.clear();
         }
         if matches!(self.heal, Heal::Idle) {
             self.heal = Heal::Wanted;
         }
+        fits
     }
 
     /// An unfinished heal starts over; a break's pause grows, a lost link costs none.
@@ -131,7 +138,7 @@ impl Sender {
                 }
             }
         }
-        self.writes_failed(report.unstreamed, report.producer);
+        self.writes_failed(report.unstreamed, report.producer, out);
         if let StreamState::Draining { until, cause } = &self.stream
             && self.consumed >= *until
         {
@@ -143,8 +150,10 @@ impl Sender {
             && self.consumed >= target
             && matches!(self.link, Link::Up { .. })
             && self.sent == self.unreleased.len()
+            && self.lacking.next_untold().is_none()
         {
-            // The gap count was read after everything up to the sampled position had been consumed.
+            // The gap count was read after everything up to the sampled position had been consumed. A range that failed
+            // meanwhile is told first: the heal's end is a point, and must not be one without the gap that belongs to it.
             out.push(Action::Send(Message::HealEnd { heal, end: self.assigned }));
             self.heal = Heal::Ended { heal, end: self.assigned };
             self.stream = StreamState::Whole;
@@ -154,17 +163,19 @@ impl Sender {
 
     /// What the disk holds where a write failed, nobody knows: only a heal with a later `p0` can tell. Whatever was taken
     /// from the ring since the last look may have been written after the failure was seen.
-    pub(super) fn writes_failed(&mut self, ranges: Vec<(DiskId, ByteRange)>, producer: u64) {
+    fn writes_failed(&mut self, ranges: Vec<(DiskId, ByteRange)>, producer: u64, out: &mut Vec<Action>) {
         let before_p0 = matches!(self.heal, Heal::Idle | Heal::Wanted | Heal::Rotating);
         let covered = before_p0 && !matches!(self.stream, StreamState::Whole);
         if ranges.is_empty() || covered {
             return;
         }
         self.lacking_until = producer;
-        self.lack(self.reported, Ranges::of(ranges), "a write failed");
+        if !self.lack(self.reported, Ranges::of(ranges), "a write failed") {
+            self.abort_heal("writes failed in too many places".into(), producer, out);
+        }
     }
 
-    pub(super) fn abort_heal(&mut self, cause: String, producer: u64, out: &mut Vec<Action>) {
+    fn abort_heal(&mut self, cause: String, producer: u64, out: &mut Vec<Action>) {
         let heal = match &self.heal {
             Heal::Running(run) => Some(run.heal()),
             Heal::Sampling(heal) | Heal::Ending { heal, .. } => Some(*heal),

@@ -11,7 +11,7 @@ use super::failover::Failover;
 use super::{Fault, SECOND, STORMY_NS, World};
 use crate::branch_site::{BranchSite, Opening};
 use crate::rng::Rng;
-use crate::tenant::{AnnouncedPoints, judge_some};
+use crate::tenant::{AnnouncedPoints, Tenant, judge_some};
 
 /// Branches at the same time, the one that a lost machine runs on included.
 const BRANCHES_MAX: usize = 3;
@@ -98,7 +98,11 @@ impl World {
             }
             tenant.seal()?;
         }
-        let over = |tenant: &crate::tenant::Tenant| !tenant.is_failover && tenant.ends_at <= now;
+        // Whoever waits for a branch to run a machine on it throws it away himself.
+        let over = |tenant: &Tenant| {
+            let is_awaited = tenant.ends_at == u64::MAX;
+            !tenant.is_failover && (tenant.ends_at <= now || tenant.is_unreadable && !is_awaited)
+        };
         if let Some(index) = self.branches.site.tenants.iter().position(over) {
             self.branches.site.tenants[index].judge_points(&self.frames, &mut self.branches.rng)?;
             self.branches.site.discard(index)?;
@@ -188,7 +192,9 @@ impl World {
         let index = match opening {
             Ok(Opening::Open(index) | Opening::Later(index)) => index,
             Ok(Opening::Unreadable(index)) => {
-                self.branches.site.tenants[index].ends_at = 0;
+                if id.is_none() {
+                    self.branches.site.tenants[index].ends_at = 0;
+                }
                 return Ok(None);
             }
             Ok(Opening::Never) => return Ok(None),
@@ -202,8 +208,8 @@ impl World {
         };
         self.branches.opened += 1;
         let parent = self.branches.site.tenants[index].parent;
-        if is_wrong_choice(moment, parent, announced) {
-            return Err(format!("{moment:?} of {chain} opened {parent}, which is not the point asked for"));
+        if let Some(why) = wrong_choice(moment, parent, announced) {
+            return Err(format!("{moment:?} of {chain} opened {parent}, which is not the point asked for: {why}"));
         }
         self.trace.update(&parent.sequence.0.to_le_bytes());
         Ok(Some(index))
@@ -226,19 +232,21 @@ fn some_moment(announced: &AnnouncedPoints, rng: &mut Rng) -> Option<Moment> {
     })
 }
 
-/// Whether another announced point fits the moment better than the one chosen.
-fn is_wrong_choice(moment: &Moment, chosen: Position, announced: &AnnouncedPoints) -> bool {
+/// Why the point chosen does not fit the moment, or which announced one fits it better.
+fn wrong_choice(moment: &Moment, chosen: Position, announced: &AnnouncedPoints) -> Option<String> {
     // One that the judge has not seen is newer than its last look, or holds an unreadable sector.
-    let Some(point) = announced.get(&chosen.sequence) else { return false };
-    let better = |fits: &dyn Fn(&Cut) -> bool| {
-        announced.values().any(|other| other.cut.sequence > chosen.sequence && fits(&other.cut))
-    };
+    let point = announced.get(&chosen.sequence)?;
     let is_named = |cut: &Cut, wanted: &str| matches!(&cut.kind, CutKind::Marker { name, .. } if name == wanted);
-    match moment {
-        Moment::Latest => better(&|_| true),
-        Moment::Sequence(asked) => chosen.sequence > *asked || better(&|cut| cut.sequence <= *asked),
-        Moment::At(time) => point.cut.time > *time || better(&|cut| cut.time <= *time),
-        Moment::Marker(name) => !is_named(&point.cut, name) || better(&|cut| is_named(cut, name)),
-        Moment::LatestApplication | Moment::Back(_) => false,
+    let fits = |cut: &Cut| match moment {
+        Moment::Latest => true,
+        Moment::Sequence(asked) => cut.sequence <= *asked,
+        Moment::At(time) => cut.time <= *time,
+        Moment::Marker(name) => is_named(cut, name),
+        Moment::LatestApplication | Moment::Back(_) => cut.sequence == chosen.sequence,
+    };
+    if !fits(&point.cut) {
+        return Some(format!("it is {:?}", point.cut));
     }
+    let better = announced.values().find(|other| other.cut.sequence > chosen.sequence && fits(&other.cut))?;
+    Some(format!("{:?} is closer", better.cut))
 }

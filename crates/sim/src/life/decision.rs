@@ -118,12 +118,14 @@ impl World {
                 0 => Moment::Latest,
                 _ => Moment::Sequence(*announced.keys().next_back().expect("there are points")),
             };
-            let opened = self.open_branch((chain, Some(successor)), &moment, &announced, u64::MAX)?;
-            if opened.is_none() && self.branches.site.index_of(successor).is_some() {
-                (decision.unusable, decision.outcome) = (true, Outcome::Cancelled);
-            }
+            self.open_branch((chain, Some(successor)), &moment, &announced, u64::MAX)?;
             return Ok(Some(decision));
         };
+        if site.tenants[index].is_unreadable {
+            self.branches.site.tenants[index].ends_at = 0;
+            (decision.unusable, decision.outcome) = (true, Outcome::Cancelled);
+            return Ok(Some(decision));
+        }
         if self.time.now() < decision.decide_at || site.tenants[index].model.is_none() {
             return Ok(Some(decision));
         }

@@ -159,6 +159,13 @@ impl World {
         let Some(index) = self.branches.site.index_of(branch) else {
             return Err(format!("branch {branch} that the machine runs on is gone"));
         };
+        let tenant = &mut self.branches.site.tenants[index];
+        if tenant.is_unreadable {
+            // Its order was carried out late. Another point is chosen.
+            (tenant.is_failover, tenant.ends_at) = (false, 0);
+            self.branches.failover.as_mut().expect("it was just there").branch = None;
+            return Ok(());
+        }
         let Some(open) = self.branches.site.tenants[index].branch.clone() else {
             self.stop_coming_home();
             return Ok(());

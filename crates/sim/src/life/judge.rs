@@ -29,6 +29,10 @@ impl World {
         let cuts = points
             .between(from, PointTime(u64::MAX), 100_000, Which::All)
             .map_err(|error| format!("points cannot be listed: {error:?}"))?;
+        let backwards = |[one, next]: &&[Cut; 2]| one.sequence > next.sequence || one.time > next.time;
+        if let Some([one, next]) = cuts.array_windows().find(backwards) {
+            return Err(format!("{next:?} goes back behind {one:?}"));
+        }
         let view = view_of(&self.frames, &history).map_err(|error| format!("{error:?}"))?;
         for cut in cuts {
             if self.announced.contains_key(&cut.sequence) || !points.is_openable(&cut) {

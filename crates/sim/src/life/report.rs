@@ -4,7 +4,6 @@ use std::collections::BTreeMap;
 use std::fmt;
 
 use crate::planted::Bug;
-use crate::source::{NARROW, is_narrow};
 
 macro_rules! faults {
     ($($(#[$doc:meta])* $name:ident),* $(,)?) => {
@@ -30,6 +29,29 @@ faults! {
     OpeningFailed,
     /// The ring was seen to overflow.
     RingBroke,
+}
+
+/// How much heal data may be under way in a life.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Width {
+    /// More than its disks hold, as on machines whose heals are small.
+    Wide,
+    /// So little that heals take many turns and end only by what is credited, as on real disks.
+    Narrow,
+}
+
+impl Width {
+    /// Every third life is narrow, unless somebody wishes otherwise.
+    pub fn of(seed: u64) -> Width {
+        if seed.is_multiple_of(3) { Width::Narrow } else { Width::Wide }
+    }
+
+    pub(super) fn heal_window_bytes(self) -> u64 {
+        match self {
+            Width::Wide => replication::limits::HEAL_WINDOW_BYTES,
+            Width::Narrow => 32 << 10,
+        }
+    }
 }
 
 /// What was planned, with nothing else around it that could have opened a gap: none may open.
@@ -86,6 +108,8 @@ impl Report {
 pub struct Violation {
     /// The run.
     pub seed: u64,
+    /// How it was lived.
+    pub width: Width,
     /// Simulated time in nanoseconds.
     pub at_ns: u64,
     /// What was promised and what was found.
@@ -96,8 +120,8 @@ pub struct Violation {
 
 impl Violation {
     /// Something about a whole run, such as a panic of the code under test.
-    pub fn of_run(seed: u64, bug: Option<Bug>, what: String) -> Violation {
-        Violation { seed, at_ns: 0, what, bug }
+    pub fn of_run((seed, width): (u64, Width), bug: Option<Bug>, what: String) -> Violation {
+        Violation { seed, width, at_ns: 0, what, bug }
     }
 }
 
@@ -106,7 +130,11 @@ impl fmt::Display for Violation {
         let seconds = self.at_ns as f64 / 1e9;
         writeln!(f, "seed {} at {seconds:.3} s: {}", self.seed, self.what)?;
         let planted = self.bug.map(|bug| format!(" --plant {bug:?}")).unwrap_or_default();
-        let narrow = if is_narrow() { format!("{NARROW}=1 ") } else { String::new() };
-        write!(f, "  replay: {narrow}cargo run --release -p sim -- --seed {}{planted}", self.seed)
+        let width = match (self.width, Width::of(self.seed)) {
+            (Width::Narrow, _) => " --narrow",
+            (Width::Wide, Width::Narrow) => " --wide",
+            (Width::Wide, Width::Wide) => "",
+        };
+        write!(f, "  replay: cargo run --release -p sim -- --seed {}{width}{planted}", self.seed)
     }
 }
