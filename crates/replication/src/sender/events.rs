@@ -152,6 +152,21 @@ pub enum Event {
     },
     /// Answer to [`Action::SampleProducer`].
     Producer(u64),
+    /// A disk was added, or has grown to what `geometry` says: from `producer` on, what is written to `ranges` is in the ring.
+    /// The owner ends the link: the next greeting announces the disk.
+    Joined {
+        geometry: DiskGeometry,
+        ranges: Ranges,
+        cause: String,
+        producer: u64,
+    },
+    /// A disk is not captured any more. It stays announced until [`super::Sender::left_disks`] names it.
+    Leaving {
+        geometry: DiskGeometry,
+        cause: String,
+    },
+    /// A disk that left is not announced any more. The owner ends the link.
+    Gone(DiskId),
 }
 
 /// What to do.

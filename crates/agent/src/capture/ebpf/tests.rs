@@ -11,6 +11,7 @@ use replication::{ChangeKind, DiskIdentity};
 use world::{Entropy, SystemClock, SystemEntropy};
 
 use super::epochs::uncommitted;
+use super::loader::Object;
 use super::*;
 
 const DISK_BYTES: u64 = 64 << 20;
@@ -476,7 +477,7 @@ fn a_partition_is_captured_where_it_lies() {
     whole.write_all_at(block.bytes(), start - 2048).expect("written");
     assert!(capture.next().is_none());
     assert!(capture.status().gap_count > 0);
-    let granule = capture.scale.granule_bytes();
+    let granule = capture.disks[&0].place.scale().granule_bytes();
     assert_eq!(capture.unstreamed(Epoch(0)), [(DiskId(1), ByteRange::new(0, granule))]);
 }
 
