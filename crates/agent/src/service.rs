@@ -33,8 +33,7 @@ use crate::hardware::MachineDescription;
 use crate::heal_pace::HealPace;
 use crate::state::{self, StateDir};
 use crate::status::{
-    AgentStatus, HealStatus, LinkStatus, NbdStatus, ProtectionState, RingStatus, STATUS_FORMAT, Watermarks,
-    WriteStatus,
+    AgentStatus, HealStatus, LinkStatus, NbdStatus, ProtectionState, RingStatus, STATUS_FORMAT, Watermarks, WriteStatus,
 };
 use crate::system::SystemRoot;
 
@@ -410,7 +409,9 @@ fn assemble(
     *lock(&shared.disks) = Some(DiskSet::new(kind, state.clone(), config.clone(), register, found));
     let watch = if kind == CaptureKind::Ebpf {
         let started = DiskWatch::start(&shared);
-        started.inspect_err(|error| tracing::warn!(%error, "disks that grow or vanish are noticed by a reload only")).ok()
+        started
+            .inspect_err(|error| tracing::warn!(%error, "disks that grow or vanish are noticed by a reload only"))
+            .ok()
     } else {
         None
     };

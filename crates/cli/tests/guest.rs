@@ -204,7 +204,8 @@ fn a_guest_with_a_protected_root_disk_loses_nothing_and_starts_again_from_a_bran
     told.push(format!("power cut: {} bytes sent", sent(&status)));
 
     // A second disk is protected from now on. The agent runs on, and so does the load on both of them.
-    let named = |name: &str, path: &str| format!("[[disk]]\nname = \"{name}\"\npath = \"{path}\"\ncapture = \"ebpf\"\n");
+    let named =
+        |name: &str, path: &str| format!("[[disk]]\nname = \"{name}\"\npath = \"{path}\"\ncapture = \"ebpf\"\n");
     let reload = |guest: &mut Machine, config: &str| {
         guest.run(&format!("cat > /agent.toml <<'end'\n{config}end"));
         guest.run("farshore-agent reload --config /agent.toml");
@@ -231,7 +232,8 @@ fn a_guest_with_a_protected_root_disk_loses_nothing_and_starts_again_from_a_bran
     fs::File::create(&late).and_then(|file| file.set_len(LATE_BYTES)).unwrap();
     let file = json!({ "driver": "file", "filename": late });
     guest.hardware("blockdev-add", &json!({ "driver": "raw", "node-name": "late", "file": file }));
-    let device = json!({ "driver": "virtio-blk-pci", "id": "late-device", "drive": "late", "serial": "guest-disk-late" });
+    let device =
+        json!({ "driver": "virtio-blk-pci", "id": "late-device", "drive": "late", "serial": "guest-disk-late" });
     guest.hardware("device_add", &device);
     guest.run("i=0; until [ -b /dev/vdc ] || [ $i -gt 300 ]; do i=$((i+1)); sleep 0.1; done");
     guest.run("dd if=/dev/urandom of=/dev/vdc bs=1M count=8 conv=notrunc,fsync 2>/dev/null");

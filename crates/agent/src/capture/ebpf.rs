@@ -125,7 +125,9 @@ pub enum OpenEbpfError {
         why: String,
     },
     /// The maps have no room for what a disk has become.
-    #[error("the dirty maps have no room left for {0}: start the agent again after `farshore-agent detach`, all disks are compared then")]
+    #[error(
+        "the dirty maps have no room left for {0}: start the agent again after `farshore-agent detach`, all disks are compared then"
+    )]
     Room(PathBuf),
     /// A disk is known already.
     #[error("{0} is captured already, or was until a moment ago")]

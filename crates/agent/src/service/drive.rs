@@ -262,7 +262,9 @@ impl Drive {
                 }
             };
             if done.is_err() {
-                added.iter().for_each(|disk| self.engine.remove_disk(*disk, "it was added together with one that could not be"));
+                added.iter().for_each(|disk| {
+                    self.engine.remove_disk(*disk, "it was added together with one that could not be")
+                });
                 outcome = done;
                 break;
             }
@@ -455,9 +457,13 @@ impl Drive {
                 if self.uplink.was_attempted() { ProtectionState::Disconnected } else { ProtectionState::Starting };
             (waiting, self.uplink.last_error())
         } else if gap.is_empty() && !engine.healing {
-            let missing = self.shared.status().disks.iter().find(|disk| !disk.problem.is_empty()).map(|disk| {
-                format!("disk `{}`: {}; everything else is protected", disk.name, disk.problem)
-            });
+            let missing = self
+                .shared
+                .status()
+                .disks
+                .iter()
+                .find(|disk| !disk.problem.is_empty())
+                .map(|disk| format!("disk `{}`: {}; everything else is protected", disk.name, disk.problem));
             lacking = missing.unwrap_or_default();
             (ProtectionState::Protected, &*lacking)
         } else if engine.whole && !engine.lacking.is_empty() {

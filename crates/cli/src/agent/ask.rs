@@ -136,7 +136,8 @@ pub(crate) fn thaw(target: &Target, output: &Output) -> Result<(), Problem> {
 
 pub(crate) fn reload(config: &Path, output: &Output) -> Result<(), Problem> {
     let read = AgentConfig::load(config)?;
-    let cannot = |error: std::io::Error| Problem::caused("the configuration cannot be named", &error, "name it by its path");
+    let cannot =
+        |error: std::io::Error| Problem::caused("the configuration cannot be named", &error, "name it by its path");
     let request = Request::Reload { config: std::path::absolute(config).map_err(cannot)? };
     let answer = ask(&read.control_socket(), &request)?;
     let Answer::Reloaded { changes, restart } = &answer else { return Err(unexpected(&answer)) };

@@ -64,8 +64,7 @@ impl Target {
     /// The bytes that the kernel takes.
     pub(super) fn bytes(&self) -> [u8; size_of::<Target>()] {
         let mut out = [0; size_of::<Target>()];
-        let last =
-            u64::from(self.disk) | u64::from(self.granule_shift) << 32 | u64::from(self.flags) << 48;
+        let last = u64::from(self.disk) | u64::from(self.granule_shift) << 32 | u64::from(self.flags) << 48;
         for (index, word) in [self.start, self.end, self.first_cell, last].into_iter().enumerate() {
             out[index * 8..index * 8 + 8].copy_from_slice(&word.to_ne_bytes());
         }

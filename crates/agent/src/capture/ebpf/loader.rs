@@ -269,12 +269,7 @@ fn pin_and_open(ebpf: &Ebpf, directory: &Path, shape: &Shape, variant: Variant) 
 }
 
 /// Tells the programs where memory is and which disks are ours.
-fn prepare(
-    installed: &Installed,
-    shape: &Shape,
-    ebpf: &mut Ebpf,
-    places: &[Place],
-) -> Result<(), OpenEbpfError> {
+fn prepare(installed: &Installed, shape: &Shape, ebpf: &mut Ebpf, places: &[Place]) -> Result<(), OpenEbpfError> {
     let control = &installed.control;
     control.word(Control::MAP_CELLS).store(shape.map_cells, Ordering::SeqCst);
     let program = raw(ebpf, "calibrate").map_err(OpenEbpfError::Refused)?;

@@ -17,8 +17,8 @@ use super::layout::{self, GAP_CAUSES, PARTS_MAX};
 use super::loader::{self, Installed, Object};
 use super::places::{self, Place, Tenancy};
 use super::{
-    AHEAD_BYTES_MAX, Disk, EbpfCapture, EbpfConfig, EbpfDisk, Leaving, OpenEbpfError, RING_BYTES_MAX, RING_BYTES_MIN, Shape,
-    pins, support,
+    AHEAD_BYTES_MAX, Disk, EbpfCapture, EbpfConfig, EbpfDisk, Leaving, OpenEbpfError, RING_BYTES_MAX, RING_BYTES_MIN,
+    Shape, pins, support,
 };
 use crate::capture::{Capture, Continuity};
 
@@ -162,7 +162,8 @@ impl EbpfCapture {
         for (slot, bytes) in &grown {
             self.grow(*slot, *bytes)?;
         }
-        let (added, grown) = (added.into_iter().try_fold(0, |count, disk| self.admit(disk).map(|()| count + 1))?, grown.len());
+        let (added, grown) =
+            (added.into_iter().try_fold(0, |count, disk| self.admit(disk).map(|()| count + 1))?, grown.len());
         tracing::info!(epoch = self.epoch().0, continues = self.resumption.is_some(), added, grown, "capture adopted");
         Ok(())
     }
@@ -216,10 +217,7 @@ fn open_all(disks: &[EbpfDisk]) -> Result<Vec<Opened>, OpenEbpfError> {
 }
 
 /// Whether `disk` can be captured beside `others`, each the number of its whole disk and its sectors there.
-pub(super) fn check_parts(
-    others: impl Iterator<Item = (u64, (u64, u64))>,
-    disk: &Opened,
-) -> Result<(), OpenEbpfError> {
+pub(super) fn check_parts(others: impl Iterator<Item = (u64, (u64, u64))>, disk: &Opened) -> Result<(), OpenEbpfError> {
     let (start, end) = disk.sectors();
     let of_it: Vec<_> = others.filter(|(device, _)| *device == disk.place.device).map(|(_, sectors)| sectors).collect();
     let fits = of_it.iter().all(|other| end <= other.0 || other.1 <= start);
