@@ -1,6 +1,7 @@
 //! The running agent: serves the protected disks over NBD and keeps replicating what is written to them.
 //!
-//! Threads: one engine ([`drive`]), one per NBD connection, one for the control socket, one that moves the link's bytes.
+//! Threads: one engine ([`drive`]), one per NBD connection, one for the control socket, one that moves the link's bytes, one
+//! that looks at the devices ([`disk_set`]).
 //! Disks are served before and whether or not a process server can be reached: protection never stops a machine.
 //!
 //! Order at start: lock, identity, disks, dirty maps, NBD, engine, control. Order of an orderly end: control, NBD, capture

@@ -41,6 +41,8 @@ use super::{Capture, CaptureStatus, Captured, Continuity, GapCause, Mode, NewDis
 
 mod assemble;
 mod changes;
+#[cfg(test)]
+mod changes_tests;
 mod epochs;
 mod grace;
 mod kernel;

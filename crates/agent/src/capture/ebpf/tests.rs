@@ -99,7 +99,19 @@ impl Bench {
             .unwrap_or_else(|error| panic!("{error:?}"))
     }
 
-    fn file(&self) -> File {
+    pub(super) fn device(&self) -> &Path {
+        &self.device
+    }
+
+    pub(super) fn image(&self) -> PathBuf {
+        self.folder.path().join("disk.img")
+    }
+
+    pub(super) fn pins(&self) -> &Path {
+        &self.pins
+    }
+
+    pub(super) fn file(&self) -> File {
         let direct = rustix::fs::OFlags::DIRECT.bits().cast_signed();
         OpenOptions::new().read(true).write(true).custom_flags(direct).open(&self.device).expect("the device opens")
     }
