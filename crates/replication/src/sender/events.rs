@@ -108,7 +108,6 @@ pub struct CaptureReport {
 /// What happened.
 #[derive(Debug)]
 #[allow(missing_docs)]
-#[expect(clippy::large_enum_variant, reason = "lives for a moment; a box would cost an allocation a message")]
 pub enum Event {
     /// A link to the receiver stands; nothing was sent on it yet. `disks` are those of now.
     LinkUp {

@@ -52,7 +52,7 @@ impl EbpfCapture {
         }
         let slot = self.free_slot().ok_or(OpenEbpfError::Disks)?;
         let cells = places::find_place(&self.taken(), self.shape.map_cells, disk.geometry.size_bytes);
-        let (shift, first) = cells.ok_or_else(|| OpenEbpfError::Room(path))?;
+        let (shift, first) = cells.ok_or(OpenEbpfError::Room(path))?;
         let place = disk.entry(shift, first);
         self.keep(None);
         self.require_whole_index(slot);
