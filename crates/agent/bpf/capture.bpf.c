@@ -242,6 +242,11 @@ static __always_inline struct targets *targets_of(struct gendisk *disk)
 	return bpf_map_lookup_elem(&targets, &key);
 }
 
+static __always_inline bool is_left(struct target *t)
+{
+	return t->flags & TARGET_LEFT;
+}
+
 /*
  * Which protected parts of the disk `key` the sectors [sector, stop) touch: how many << 8 | the number of the first.
  * A function of its own, like set_cells.
@@ -253,13 +258,26 @@ __attribute__((noinline)) __u32 touched(__u64 key, __u64 sector, __u64 stop)
 	if (!all)
 		return 0;
 	for (__u32 i = 0; i < PARTS_MAX; i++) {
-		if (i < all->count && sector < all->part[i].end && stop > all->part[i].start) {
+		if (i < all->count && sector < all->part[i].end && stop > all->part[i].start &&
+		    !is_left(&all->part[i])) {
 			if (!found)
 				first = i;
 			found++;
 		}
 	}
 	return found << 8 | first;
+}
+
+/* Whether any protected part of the disk `key` has none of these flags. A function of its own, like set_cells. */
+__attribute__((noinline)) int any_without(__u64 key, __u32 flags)
+{
+	struct targets *all = bpf_map_lookup_elem(&targets, &key);
+	if (!all)
+		return 0;
+	for (__u32 i = 0; i < PARTS_MAX; i++)
+		if (i < all->count && !(all->part[i].flags & flags))
+			return 1;
+	return 0;
 }
 
 /* ---- marking ---- */
@@ -305,8 +323,8 @@ __attribute__((noinline)) int set_cells(__u64 cell, __u64 last)
 }
 
 /* Marks [sector, sector + bytes), clipped to [start, end), in map `map`. False if it did not get through. */
-static __always_inline bool mark(struct control *c, __u64 first_cell, __u64 start, __u64 end, __u32 map, __u64 sector,
-				 __u64 bytes, const bool loops)
+static __always_inline bool mark(struct control *c, __u64 first_cell, __u64 start, __u64 end, __u32 granule_shift,
+				 __u32 map, __u64 sector, __u64 bytes, const bool loops)
 {
 	__u64 stop = sector + ((bytes + 511) >> SECTOR_SHIFT);
 	if (sector < start)
@@ -315,7 +333,7 @@ static __always_inline bool mark(struct control *c, __u64 first_cell, __u64 star
 		stop = end;
 	if (sector >= stop || plants(map & 1 ? PLANT_UNCOMMITTED : PLANT_UNSTREAMED))
 		return true;
-	__u32 shift = (c->granule_shift - SECTOR_SHIFT) & 31;
+	__u32 shift = (granule_shift - SECTOR_SHIFT) & 31;
 	__u64 base = map * c->map_cells + first_cell;
 	struct marks marks = {
 		.cell = base + ((sector - start) >> shift),
@@ -352,9 +370,10 @@ static __always_inline void mark_whole(struct control *c, struct cpu *cpu, __u32
 }
 
 static __always_inline void mark_unstreamed(struct control *c, struct cpu *cpu, __u32 slot, __u32 disk, __u64 first_cell,
-					    __u64 start, __u64 end, __u64 sector, __u64 bytes, const bool loops)
+					    __u64 start, __u64 end, __u32 granule_shift, __u64 sector, __u64 bytes,
+					    const bool loops)
 {
-	if (mark(c, first_cell, start, end, MAP_UNSTREAMED(slot), sector, bytes, loops))
+	if (mark(c, first_cell, start, end, granule_shift, MAP_UNSTREAMED(slot), sector, bytes, loops))
 		count(cpu->unstreamed, slot);
 	else
 		mark_whole(c, cpu, slot, disk);
@@ -391,7 +410,7 @@ __attribute__((noinline)) int mark_parts(__u64 key, __u64 sector, __u64 stop, __
 	if (!all || !c || !cpu)
 		return 0;
 	for (__u32 i = 0; i < PARTS_MAX; i++)
-		if (i < all->count && sector < all->part[i].end && stop > all->part[i].start)
+		if (i < all->count && sector < all->part[i].end && stop > all->part[i].start && !is_left(&all->part[i]))
 			mark_whole(c, cpu, slot, all->part[i].disk);
 	return 0;
 }
@@ -400,6 +419,8 @@ __attribute__((noinline)) int mark_parts(__u64 key, __u64 sector, __u64 stop, __
 static __always_inline void changed_somewhere(struct control *c, struct cpu *cpu, __u32 slot, __u64 key,
 					      const __u32 cause)
 {
+	if (!any_without(key, TARGET_LEFT))
+		return;
 	break_stream(c, cpu, position(), cause);
 	mark_parts(key, 0, ~0ull, slot);
 }
@@ -588,7 +609,7 @@ static __always_inline void settle(struct control *c, struct cpu *cpu, struct fl
 {
 	if (outcome != APPENDED) {
 		break_stream(c, cpu, cpu->appends_at, outcome == NO_ROOM ? GAP_FULL : GAP_COPY);
-		mark_unstreamed(c, cpu, f->slot, f->disk, f->first_cell, f->start, f->end, f->sector, f->bytes, loops);
+		mark_unstreamed(c, cpu, f->slot, f->disk, f->first_cell, f->start, f->end, f->granule_shift, f->sector, f->bytes, loops);
 	}
 	WRITE_ONCE(cpu->busy, 0);
 }
@@ -640,9 +661,10 @@ static __always_inline int submitted(struct bio *bio, const bool loops)
 		.start = t->start,
 		.end = t->end,
 		.disk = t->disk,
+		.granule_shift = t->granule_shift,
 	};
 	__u64 key = (__u64)bio;
-	if (!mark(c, f.first_cell, f.start, f.end, MAP_UNCOMMITTED(f.slot), sector, bytes, loops))
+	if (!mark(c, f.first_cell, f.start, f.end, f.granule_shift, MAP_UNCOMMITTED(f.slot), sector, bytes, loops))
 		mark_whole(c, cpu, f.slot, f.disk);
 	/* The flight is of the first; a bio across several parts is no part's to stream, see `inside`. */
 	if (parts >> 8 > 1)
@@ -654,7 +676,7 @@ static __always_inline int submitted(struct bio *bio, const bool loops)
 	if (bpf_map_update_elem(&flights, &key, &f, BPF_ANY)) {
 		/* Its completion marks it again, as that of one that was never seen. */
 		break_stream(c, cpu, position(), GAP_MISSED);
-		mark_unstreamed(c, cpu, f.slot, f.disk, f.first_cell, f.start, f.end, sector, bytes, loops);
+		mark_unstreamed(c, cpu, f.slot, f.disk, f.first_cell, f.start, f.end, f.granule_shift, sector, bytes, loops);
 		return 0;
 	}
 	count(cpu->submitted, f.slot);
@@ -677,7 +699,7 @@ static __always_inline int submitted(struct bio *bio, const bool loops)
 	bool nested = READ_ONCE(cpu->busy) != 0;
 	if (tracks || !inside || !kind || nested) {
 		cpu->tracked++;
-		mark_unstreamed(c, cpu, f.slot, f.disk, f.first_cell, f.start, f.end, sector, bytes, loops);
+		mark_unstreamed(c, cpu, f.slot, f.disk, f.first_cell, f.start, f.end, f.granule_shift, sector, bytes, loops);
 		if (!tracks)
 			break_stream(c, cpu, position(), nested ? GAP_NESTED : GAP_UNSUPPORTED);
 		return 0;
@@ -812,8 +834,8 @@ static __always_inline int complete_bio(struct walk *walk, const bool loops)
 		__u32 slot = f->slot;
 		if (walk->error) {
 			walk->cpu->failed++;
-			mark_unstreamed(walk->c, walk->cpu, slot, f->disk, f->first_cell, f->start, f->end, sector, bytes,
-					loops);
+			mark_unstreamed(walk->c, walk->cpu, slot, f->disk, f->first_cell, f->start, f->end,
+					f->granule_shift, sector, bytes, loops);
 		}
 		__sync_fetch_and_add(&f->done, bytes);
 		if (READ_ONCE(f->done) >= f->bytes)
@@ -823,9 +845,10 @@ static __always_inline int complete_bio(struct walk *walk, const bool loops)
 		__u32 parts = touched(walk->device, sector, stop);
 		if (parts) {
 			struct target *t = part_of(walk->all, parts);
-			break_stream(walk->c, walk->cpu, position(), GAP_MISSED);
+			if (!(t->flags & TARGET_JOINS))
+				break_stream(walk->c, walk->cpu, position(), GAP_MISSED);
 			mark_unstreamed(walk->c, walk->cpu, walk->slot, t->disk, t->first_cell, t->start, t->end,
-					sector, bytes, loops);
+					t->granule_shift, sector, bytes, loops);
 			if (parts >> 8 > 1)
 				mark_parts(walk->device, sector, stop, walk->slot);
 		}
@@ -937,7 +960,7 @@ static __always_inline int ended(struct bio *bio, const bool loops, const bool s
 	if (f) {
 		if (bio->bi_status) {
 			cpu->failed++;
-			mark_unstreamed(c, cpu, f->slot, f->disk, f->first_cell, f->start, f->end, f->sector, f->bytes,
+			mark_unstreamed(c, cpu, f->slot, f->disk, f->first_cell, f->start, f->end, f->granule_shift, f->sector, f->bytes,
 					loops);
 		}
 		end_flight(cpu, key, f->slot);
@@ -956,7 +979,10 @@ static __always_inline int ended(struct bio *bio, const bool loops, const bool s
 	if (!all || (op == OP_WRITE && !bio->bi_io_vec) || bpf_map_lookup_elem(&flights, &parent))
 		return 0;
 	/* The driver has advanced it: nobody knows any more where it began. */
-	changed_somewhere(c, cpu, slot_now(c), key_of(disk), GAP_MISSED);
+	if (any_without(key_of(disk), TARGET_LEFT | TARGET_JOINS))
+		changed_somewhere(c, cpu, slot_now(c), key_of(disk), GAP_MISSED);
+	else
+		mark_parts(key_of(disk), 0, ~0ull, slot_now(c));
 	return 0;
 }
 

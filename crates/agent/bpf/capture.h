@@ -6,7 +6,7 @@
 #ifndef FARSHORE_CAPTURE_H
 #define FARSHORE_CAPTURE_H
 
-#define LAYOUT_VERSION 2
+#define LAYOUT_VERSION 3
 
 /* Epoch e marks in slot e % SLOTS. */
 #define SLOTS 3
@@ -47,12 +47,20 @@ struct record {
 	__u32 reserved;
 };
 
+/*
+ * TARGET_JOINS: it was added or has grown a moment ago. What completes without having been seen when it was submitted is
+ * marked as ever, and breaks no stream: its disk lacks it.
+ * TARGET_LEFT: it is not protected any more, and stays only until the flights that were noted have ended.
+ */
+enum target_flag { TARGET_JOINS = 1, TARGET_LEFT = 2 };
+
 /* A protected disk or partition: the sectors [start, end) of a whole disk. */
 struct target {
 	__u64 start, end;
 	__u64 first_cell; /* within each map */
 	__u32 disk;
-	__u32 reserved;
+	__u16 granule_shift; /* bytes of disk that one cell stands for */
+	__u16 flags;
 };
 
 /* Everything of a whole disk that is protected. Nothing of it overlaps. */
@@ -67,7 +75,7 @@ struct control {
 	__u64 pages;      /* address of page 0's struct page */
 	__u64 direct_map; /* address of page 0's bytes */
 	__u64 map_cells;
-	__u32 granule_shift;
+	__u32 unused;
 	__u32 broken; /* the stream is broken: as if every word said track, until the agent rotates */
 	/* Calibration: a page with known content, found through a file descriptor of the calling process. */
 	__u32 calibrate_tgid, calibrate_fd, calibrate_done, calibrate_step;
@@ -103,7 +111,7 @@ struct flight {
 	__u64 done; /* bytes completed so far */
 	__u64 first_cell, start, end;
 	__u32 disk;
-	__u32 reserved;
+	__u32 granule_shift;
 };
 
 _Static_assert(sizeof(struct record) == 56, "layout.rs");

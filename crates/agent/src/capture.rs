@@ -20,6 +20,7 @@
 //! A crash of the agent leaves the maps as they are (page cache); a crash of the machine leaves [`Continuity::Lost`].
 
 use std::fmt;
+use std::path::PathBuf;
 
 use replication::sender::Resumption;
 use replication::{ByteRange, ChangeKind, DiskGeometry, DiskId, Epoch, MarkerKind, SourceTime};
@@ -191,6 +192,17 @@ impl fmt::Display for LostReason {
     }
 }
 
+/// A disk that is to be captured from now on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NewDisk {
+    /// Its description.
+    pub geometry: DiskGeometry,
+    /// The image file or block device.
+    pub path: PathBuf,
+}
+
+const FIXED: &str = "this capture takes its disks at its start: restart the agent";
+
 /// What the engine's sender is doing, as far as a capture may care.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Phase {
@@ -290,6 +302,36 @@ pub trait Capture: Send {
 
     /// What was known when this capture started.
     fn continuity(&self) -> Continuity;
+
+    /// Captures one more disk: from its return on every write to it is in the ring or marked. The heal set names all of it,
+    /// across restarts; what was under way is marked as unstreamed when it ends.
+    ///
+    /// # Errors
+    /// In words, why not; nothing has changed.
+    fn add_disk(&mut self, disk: NewDisk) -> Result<(), String> {
+        let _ = disk;
+        Err(FIXED.to_owned())
+    }
+
+    /// A disk has this size now, more than before: as [`Capture::add_disk`] for the new area, in whole leaves.
+    ///
+    /// # Errors
+    /// In words, why not; nothing has changed.
+    fn grow_disk(&mut self, disk: DiskId, size_bytes: u64) -> Result<(), String> {
+        let _ = (disk, size_bytes);
+        Err(FIXED.to_owned())
+    }
+
+    /// Captures a disk no more, which may be gone. It stays among [`Capture::disks`], without a heal set, until it is
+    /// forgotten; [`Capture::next`] hands out nothing of it any more.
+    fn retire_disk(&mut self, disk: DiskId) {
+        unreachable!("{disk}: only a capture that takes disks while it runs is asked to leave one");
+    }
+
+    /// Nobody asks for this disk any more, which was retired.
+    fn forget_disk(&mut self, disk: DiskId) {
+        unreachable!("{disk}: only a capture that takes disks while it runs is asked to forget one");
+    }
 
     /// Told after each report what the sender makes of it.
     fn follow(&mut self, phase: Phase) {
@@ -414,6 +456,22 @@ impl<C: Capture + ?Sized> Capture for Box<C> {
 
     fn continuity(&self) -> Continuity {
         (**self).continuity()
+    }
+
+    fn add_disk(&mut self, disk: NewDisk) -> Result<(), String> {
+        (**self).add_disk(disk)
+    }
+
+    fn grow_disk(&mut self, disk: DiskId, size_bytes: u64) -> Result<(), String> {
+        (**self).grow_disk(disk, size_bytes)
+    }
+
+    fn retire_disk(&mut self, disk: DiskId) {
+        (**self).retire_disk(disk);
+    }
+
+    fn forget_disk(&mut self, disk: DiskId) {
+        (**self).forget_disk(disk);
     }
 
     fn follow(&mut self, phase: Phase) {

@@ -16,7 +16,7 @@
 
 use std::collections::BTreeSet;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
 use std::sync::{Arc, Mutex};
@@ -81,7 +81,7 @@ pub(crate) struct Taken {
 pub(crate) struct Consistency {
     pub(crate) config: ConsistencyConfig,
     root: SystemRoot,
-    protected: BTreeSet<DeviceNumber>,
+    protected: Mutex<BTreeSet<DeviceNumber>>,
     state: StateDir,
     busy: Arc<AtomicBool>,
     status: Mutex<ConsistencyStatus>,
@@ -98,11 +98,15 @@ impl Drop for Turn {
 
 /// The configured disks that are block devices.
 fn protected(config: &AgentConfig) -> BTreeSet<DeviceNumber> {
-    let number = |path: &PathBuf| {
+    devices(config.disks.iter().map(|disk| disk.path.as_path()))
+}
+
+fn devices<'a>(paths: impl Iterator<Item = &'a Path>) -> BTreeSet<DeviceNumber> {
+    let number = |path: &Path| {
         let found = std::fs::metadata(path).ok().filter(|found| found.file_type().is_block_device());
         found.map(|found| DeviceNumber::of(found.rdev()))
     };
-    config.disks.iter().filter_map(|disk| number(&disk.path)).collect()
+    paths.filter_map(number).collect()
 }
 
 /// What a point at rest would bring to rest, in words. Changes nothing and runs nothing.
@@ -139,7 +143,7 @@ impl Consistency {
         Consistency {
             config: config.consistency.clone(),
             root: SystemRoot::running(),
-            protected: protected(config),
+            protected: Mutex::new(protected(config)),
             state: state.clone(),
             busy: Arc::default(),
             status: Mutex::default(),
@@ -167,6 +171,11 @@ impl Consistency {
         }
     }
 
+    /// From now on the file systems of these disks are brought to rest.
+    pub(crate) fn protect<'a>(&self, paths: impl Iterator<Item = &'a Path>) {
+        *lock(&self.protected) = devices(paths);
+    }
+
     /// Brings the file systems on the protected disks to rest for `limit` at most, without scripts and hooks, and marks
     /// the moment if it is named.
     ///
@@ -180,7 +189,7 @@ impl Consistency {
     ) -> Result<(FrozenFileSystems, left_over::Note), Problem> {
         let turn = self.turn()?;
         let advice = "look at that file system; try again, with a longer limit if it timed out";
-        let plan = frozen::plan(&self.root, &self.protected);
+        let plan = frozen::plan(&self.root, &lock(&self.protected).clone());
         if plan.targets.is_empty() {
             return Err(Problem::failed(
                 "nothing was frozen",
@@ -296,7 +305,7 @@ impl Consistency {
         remarks: &mut Vec<String>,
     ) -> Result<(Placed, Duration), String> {
         let name = wanted.name;
-        let plan = frozen::plan(&self.root, &self.protected);
+        let plan = frozen::plan(&self.root, &lock(&self.protected).clone());
         let note = left_over::Note::write(&self.state, name, &plan, self.config.post_script.clone())?;
         let limit = Duration::from_millis(self.config.script_limit_ms);
         let clock = &*shared.clock;

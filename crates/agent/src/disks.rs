@@ -7,8 +7,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, TryLockError};
-use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use replication::geometry::SECTOR_BYTES;
@@ -20,6 +20,7 @@ use crate::capture::ProtectedDisk;
 use crate::config::DiskConfig;
 use crate::service::problem::{Problem, ProblemKind, chain};
 use crate::state::{RecordError, StateDir};
+use crate::status::DiskStatus;
 
 const REGISTER: &str = "disks";
 
@@ -59,7 +60,62 @@ pub struct FoundDisk {
     seen: Seen,
 }
 
+/// What has become of a disk since it was found.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Now {
+    /// It is as it was.
+    Same,
+    /// It has so many bytes now.
+    Grown(u64),
+    /// It is not there any more, or not the same; in words.
+    Lost(String),
+}
+
 impl FoundDisk {
+    /// What has become of the block device at its path. Opens nothing: a device that is held open does not go.
+    pub fn look(&self) -> Now {
+        let path = self.path();
+        let metadata = match fs::metadata(path) {
+            Ok(metadata) if metadata.file_type().is_block_device() => metadata,
+            Ok(_) => return Now::Lost(format!("{} is not a block device any more", path.display())),
+            Err(error) => return Now::Lost(format!("{} is not there any more: {error}", path.display())),
+        };
+        let folder = sys_folder(metadata.rdev());
+        let size = fs::read_to_string(folder.join("size")).ok().and_then(|text| text.trim().parse::<u64>().ok());
+        let Some(size) = size.map(|sectors| sectors.saturating_mul(SECTOR_BYTES)) else {
+            return Now::Lost(format!("the kernel does not know {} any more", path.display()));
+        };
+        let place = (metadata.rdev(), None);
+        if place != self.seen.place || attachment(&folder) != self.seen.attachment {
+            return Now::Lost(format!("{} is another device than before", path.display()));
+        }
+        let before = self.geometry.size_bytes;
+        match size {
+            0 => Now::Lost(format!("{} holds nothing any more", path.display())),
+            size if size < before => Now::Lost(format!("{} shrank from {before} to {size} bytes", path.display())),
+            size if size > before => Now::Grown(size),
+            _ => Now::Same,
+        }
+    }
+
+    /// Whether `other` was found at the same device.
+    pub fn is_same_device(&self, other: &FoundDisk) -> bool {
+        self.seen.place == other.seen.place && self.seen.attachment == other.seen.attachment
+    }
+
+    /// What the agent's status says of it.
+    pub fn status(&self) -> DiskStatus {
+        DiskStatus {
+            disk: self.geometry.disk.0,
+            name: self.name.clone(),
+            path: self.geometry.path.clone(),
+            serial: self.geometry.identity.serial.clone(),
+            size_bytes: self.geometry.size_bytes,
+            export: self.export.clone(),
+            problem: String::new(),
+        }
+    }
+
     /// The image file or block device.
     pub fn path(&self) -> &Path {
         self.device.path()
@@ -77,6 +133,8 @@ struct Seen {
     /// The device number, or that of an image file's file system and its inode: one disk under two names has one.
     place: (u64, Option<u64>),
     serial: Option<String>,
+    /// Which of the devices that ever had this number.
+    attachment: Option<u64>,
     inode: Option<u64>,
     modified_ns: Option<i64>,
 }
@@ -315,14 +373,28 @@ pub enum Moment {
 fn look_at(path: &Path, is_block_device: bool) -> std::io::Result<Seen> {
     let metadata = fs::metadata(path)?;
     if is_block_device {
-        let (major, minor) = (rustix::fs::major(metadata.rdev()), rustix::fs::minor(metadata.rdev()));
-        let folder = Path::new("/sys/dev/block").join(format!("{major}:{minor}"));
+        let folder = sys_folder(metadata.rdev());
         let place = (metadata.rdev(), None);
-        return Ok(Seen { place, serial: reported_serial(&folder), inode: None, modified_ns: None });
+        let (serial, attachment) = (reported_serial(&folder), attachment(&folder));
+        return Ok(Seen { place, serial, attachment, inode: None, modified_ns: None });
     }
     let modified_ns = metadata.mtime().saturating_mul(1_000_000_000).saturating_add(metadata.mtime_nsec());
     let place = (metadata.dev(), Some(metadata.ino()));
-    Ok(Seen { place, serial: None, inode: Some(metadata.ino()), modified_ns: Some(modified_ns) })
+    let inode = Some(metadata.ino());
+    Ok(Seen { place, serial: None, attachment: None, inode, modified_ns: Some(modified_ns) })
+}
+
+/// Where the kernel describes a block device.
+fn sys_folder(number: u64) -> PathBuf {
+    let (major, minor) = (rustix::fs::major(number), rustix::fs::minor(number));
+    Path::new("/sys/dev/block").join(format!("{major}:{minor}"))
+}
+
+/// The number that the kernel gives to each disk that appears (Linux 5.15): a device number may come to be another's.
+fn attachment(folder: &Path) -> Option<u64> {
+    let folder = fs::canonicalize(folder).ok()?;
+    let disk = if folder.join("partition").exists() { folder.parent()? } else { &folder };
+    fs::read_to_string(disk.join("diskseq")).ok()?.trim().parse().ok()
 }
 
 /// What a block device says it is, from its folder below `/sys`. A partition is named by its disk and its number.

@@ -16,10 +16,10 @@ use replication::sender::{
     Action, CaptureReport, Event, HealProgress, KeptStream, Request, Sender, SenderConfig, StreamState,
 };
 use replication::wire::{HealNeed, Message, OfferedLeaf};
-use replication::{ByteRange, ChainId, DiskId, Epoch, PlainLeafHash, Ranges, SequenceNumber, SourceTime};
+use replication::{ByteRange, ChainId, DiskGeometry, DiskId, Epoch, PlainLeafHash, Ranges, SequenceNumber, SourceTime};
 use world::{BlockError, Clock, Monotonic};
 
-use crate::capture::{Capture, Continuity, Mode, Phase, RingPosition};
+use crate::capture::{Capture, Continuity, Mode, NewDisk, Phase, RingPosition};
 use crate::heal_buffers::HealBuffers;
 use crate::heal_pace::HealPace;
 
@@ -261,6 +261,55 @@ impl<C: Capture> Engine<C> {
             ring_bytes_used: capture.ring_bytes_used,
             ring_bytes_max: capture.ring_bytes_max,
         }
+    }
+
+    /// Has one more disk captured; it joins at the end of its own heal. The link has to be renewed then, so that the
+    /// receiver is told of the disk before anything of it.
+    ///
+    /// # Errors
+    /// In words, why it cannot be; nothing has changed.
+    pub fn add_disk(&mut self, disk: NewDisk, cause: &str) -> Result<(), String> {
+        let geometry = disk.geometry.clone();
+        self.capture.add_disk(disk)?;
+        self.joined(geometry, 0, cause);
+        Ok(())
+    }
+
+    /// A disk has grown to `geometry`. As [`Engine::add_disk`] for the new area.
+    ///
+    /// # Errors
+    /// In words, why that cannot be captured; nothing has changed.
+    pub fn grow_disk(&mut self, geometry: DiskGeometry, cause: &str) -> Result<(), String> {
+        let known = self.capture.disks().into_iter().find(|known| known.disk == geometry.disk);
+        let before = known.map_or(0, |known| known.size_bytes);
+        self.capture.grow_disk(geometry.disk, geometry.size_bytes)?;
+        self.joined(geometry, before / LEAF_BYTES * LEAF_BYTES, cause);
+        Ok(())
+    }
+
+    fn joined(&mut self, geometry: DiskGeometry, lacks_from: u64, cause: &str) {
+        let lacks = ByteRange::between(lacks_from, geometry.size_bytes).map(|range| (geometry.disk, range));
+        let producer = self.capture.status().producer.0;
+        self.feed(Event::Joined { geometry, ranges: Ranges::of(lacks), cause: cause.to_owned(), producer });
+    }
+
+    /// Has a disk captured no more, which may be gone. It ends at the receiver as soon as that has everything captured of
+    /// it; see [`Engine::forget_left`]. The link has to be renewed: a heal under way must not read it.
+    pub fn remove_disk(&mut self, disk: DiskId, cause: &str) {
+        let Some(geometry) = self.capture.disks().into_iter().find(|known| known.disk == disk) else { return };
+        self.capture.retire_disk(disk);
+        self.feed(Event::Leaving { geometry, cause: cause.to_owned() });
+    }
+
+    /// Announces disks that left no more once nothing of them is under way. Whether there were any: then the link has to be
+    /// renewed, which tells the receiver.
+    pub fn forget_left(&mut self) -> bool {
+        let left = self.sender.left_disks();
+        for disk in &left {
+            self.capture.forget_disk(*disk);
+            self.feed(Event::Gone(*disk));
+        }
+        !left.is_empty()
     }
 
     /// A new link stands.

@@ -1,6 +1,7 @@
 //! The running agent: serves the protected disks over NBD and keeps replicating what is written to them.
 //!
-//! Threads: one engine ([`drive`]), one per NBD connection, one for the control socket, one that moves the link's bytes.
+//! Threads: one engine ([`drive`]), one per NBD connection, one for the control socket, one that moves the link's bytes, one
+//! that looks at the devices ([`disk_set`]).
 //! Disks are served before and whether or not a process server can be reached: protection never stops a machine.
 //!
 //! Order at start: lock, identity, disks, dirty maps, NBD, engine, control. Order of an orderly end: control, NBD, capture
@@ -8,7 +9,7 @@
 //! what the maps name, after a reboot of everything.
 
 use std::fs::File;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, SyncSender};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -33,13 +34,13 @@ use crate::hardware::MachineDescription;
 use crate::heal_pace::HealPace;
 use crate::state::{self, StateDir};
 use crate::status::{
-    AgentStatus, DiskStatus, HealStatus, LinkStatus, NbdStatus, ProtectionState, RingStatus, STATUS_FORMAT, Watermarks,
-    WriteStatus,
+    AgentStatus, HealStatus, LinkStatus, NbdStatus, ProtectionState, RingStatus, STATUS_FORMAT, Watermarks, WriteStatus,
 };
 use crate::system::SystemRoot;
 
 pub mod control;
 mod detach;
+mod disk_set;
 mod drive;
 pub(crate) mod marks;
 pub mod problem;
@@ -49,6 +50,7 @@ mod uplink;
 pub use detach::detach;
 
 use control::ControlServer;
+use disk_set::{DiskSet, DiskWatch};
 use drive::{Command, Drive};
 use marks::Points;
 use problem::Problem;
@@ -114,6 +116,8 @@ pub(crate) struct Shared {
     frozen: Mutex<Option<HeldFreeze>>,
     nbd: Mutex<Option<ServerHandle>>,
     stop: Mutex<Option<String>>,
+    /// None until everything runs.
+    disks: Mutex<Option<DiskSet>>,
     /// What the engine's thread left when it ended in order.
     pub(crate) kept: Mutex<Option<(Epoch, KeptStream)>>,
     stop_wanted: Condvar,
@@ -147,6 +151,14 @@ impl Shared {
         self.stop_wanted.notify_all();
     }
 
+    /// Takes the disks of the configuration file at `path`. See [`DiskSet::reload`].
+    pub(crate) fn reload(&self, path: &Path) -> Result<(Vec<String>, bool), Problem> {
+        match lock(&self.disks).as_mut() {
+            Some(disks) => disks.reload(path, self),
+            None => Err(Problem::failed("the configuration was not read again", "the agent is starting", "try again")),
+        }
+    }
+
     pub(crate) fn is_aborted(&self) -> bool {
         self.aborted.load(Ordering::SeqCst)
     }
@@ -167,15 +179,28 @@ impl Stopper {
     }
 }
 
+/// Has a running agent read its configuration again, from any thread.
+#[derive(Clone)]
+pub struct Reloader(Arc<Shared>);
+
+impl Reloader {
+    /// Takes the disks of the configuration file at `path`, or says why not: then everything goes on as before.
+    ///
+    /// # Errors
+    /// What is wrong with the file or a disk that it names.
+    pub fn reload(&self, path: &Path) -> Result<Vec<String>, Problem> {
+        self.0.reload(path).map(|(changes, _)| changes)
+    }
+}
+
 /// A running agent. Dropping it ends it as a kill would: the ring is lost, the maps are not.
 pub struct Service {
     shared: Arc<Shared>,
     points: Option<Points>,
+    watch: Option<DiskWatch>,
     control: Option<ControlServer>,
     engine: Option<JoinHandle<()>>,
     state: StateDir,
-    register: DiskRegister,
-    disks: Vec<FoundDisk>,
     nbd_tcp: Vec<std::net::SocketAddr>,
     _lock: File,
 }
@@ -234,6 +259,11 @@ impl Service {
         Stopper(self.shared.clone())
     }
 
+    /// A way to have it read its configuration again, from another thread.
+    pub fn reloader(&self) -> Reloader {
+        Reloader(self.shared.clone())
+    }
+
     /// Waits until somebody asks it to stop; who that was.
     pub fn wait(&self) -> String {
         let mut stop = lock(&self.shared.stop);
@@ -252,6 +282,7 @@ impl Service {
     /// The disks are no longer served, but the next start has to compare.
     pub fn stop(mut self) -> Result<(), Problem> {
         drop(self.points.take());
+        drop(self.watch.take());
         drop(self.shared.frozen().take());
         drop(self.control.take());
         let nbd = lock(&self.shared.nbd).take();
@@ -277,7 +308,7 @@ impl Service {
         if let Err(error) = self.state.keep_stream(kept.as_ref()) {
             tracing::warn!(error = problem::chain(&error), "the next start begins with a heal");
         }
-        self.register.store(&self.state, &self.disks, Moment::Stopped)?;
+        lock(&self.shared.disks).as_mut().map_or(Ok(()), DiskSet::close)?;
         if self.shared.source.scan().is_some() {
             tracing::info!("stopped in order; the next start compares the disks");
         } else if self.shared.source.used_past_the_agent() {
@@ -298,6 +329,7 @@ impl Drop for Service {
     fn drop(&mut self) {
         self.shared.aborted.store(true, Ordering::SeqCst);
         drop(self.points.take());
+        drop(self.watch.take());
         drop(self.shared.frozen().take());
         drop(self.control.take());
         drop(lock(&self.shared.nbd).take());
@@ -350,6 +382,7 @@ fn assemble(
         frozen: Mutex::new(None),
         nbd: Mutex::new(None),
         stop: Mutex::new(None),
+        disks: Mutex::new(None),
         kept: Mutex::new(None),
         stop_wanted: Condvar::new(),
         aborted: AtomicBool::new(false),
@@ -374,14 +407,22 @@ fn assemble(
         nbd = %config.nbd_socket().display(),
         "the agent serves the disks"
     );
+    *lock(&shared.disks) = Some(DiskSet::new(kind, state.clone(), config.clone(), register, found));
+    let watch = if kind == CaptureKind::Ebpf {
+        let started = DiskWatch::start(&shared);
+        started
+            .inspect_err(|error| tracing::warn!(%error, "disks that grow or vanish are noticed by a reload only"))
+            .ok()
+    } else {
+        None
+    };
     Ok(Service {
         shared,
         points,
+        watch,
         control: Some(control),
         engine: Some(engine_thread),
         state,
-        register,
-        disks: found,
         nbd_tcp,
         _lock: guard,
     })
@@ -557,14 +598,6 @@ fn first_status(
     name: &str,
     found: &[FoundDisk],
 ) -> AgentStatus {
-    let disk = |disk: &FoundDisk| DiskStatus {
-        disk: disk.geometry.disk.0,
-        name: disk.name.clone(),
-        path: disk.geometry.path.clone(),
-        serial: disk.geometry.identity.serial.clone(),
-        size_bytes: disk.geometry.size_bytes,
-        export: disk.export.clone(),
-    };
     AgentStatus {
         format: STATUS_FORMAT,
         version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -582,7 +615,7 @@ fn first_status(
         ring: RingStatus { used_bytes: 0, max_bytes: config.ring_bytes_max },
         heal: HealStatus::default(),
         writes: WriteStatus::default(),
-        disks: found.iter().map(disk).collect(),
+        disks: found.iter().map(FoundDisk::status).collect(),
         nbd: NbdStatus { socket: socket_text(config.nbd_socket()), ..NbdStatus::default() },
         consistency: ConsistencyStatus::default(),
     }

@@ -166,6 +166,9 @@ pub struct DiskStatus {
     pub size_bytes: u64,
     /// The name of its NBD export.
     pub export: String,
+    /// Why it is not captured at the moment, or not all of it; empty if it is.
+    #[serde(default)]
+    pub problem: String,
 }
 
 /// Where the disks are served.

@@ -1,5 +1,6 @@
 //! A machine whose root disk is protected while it runs from it: an emulated guest with a kernel of the distribution, the
-//! agent inside, capture by eBPF, the server outside. It loses its agent, its power, its ring, is shut down and started again;
+//! agent inside, capture by eBPF, the server outside. It loses its agent, its power, its ring, is shut down and started again,
+//! gets disks, larger ones, and loses one while it runs;
 //! points of all these times are exported, checked and read against the ledger that the guest kept, and at last the
 //! machine starts from a branch.
 
@@ -18,7 +19,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use machine::{Hardware, Machine, PATIENCE};
 use site::{AGENT, Site, done, start};
@@ -26,6 +27,8 @@ use skip::skip;
 
 const DISK_BYTES: u64 = 192 << 20;
 const DATA_BYTES: u64 = 48 << 20;
+const GROWN_BYTES: u64 = 64 << 20;
+const LATE_BYTES: u64 = 24 << 20;
 /// Small, so that a burst of writes overflows it.
 const RING_BYTES: u64 = 8 << 20;
 
@@ -34,6 +37,7 @@ trait Guest {
     fn start_agent(&mut self);
     fn status(&mut self) -> Option<Value>;
     fn wait_protected(&mut self) -> Value;
+    fn wait_until(&mut self, what: &str, is_so: impl Fn(&Value) -> bool) -> Value;
     fn start_load(&mut self);
     fn mark(&mut self, points: &mut Vec<Point>);
 }
@@ -56,14 +60,18 @@ impl Guest for Machine {
 
     /// The status of an agent that streams everything.
     fn wait_protected(&mut self) -> Value {
+        self.wait_until("it is protected", |status| status["state"] == "protected")
+    }
+
+    fn wait_until(&mut self, what: &str, is_so: impl Fn(&Value) -> bool) -> Value {
         let began = Instant::now();
         loop {
             let status = self.status();
-            if let Some(status) = status.as_ref().filter(|status| status["state"] == "protected") {
+            if let Some(status) = status.as_ref().filter(|status| is_so(status)) {
                 return status.clone();
             }
             if began.elapsed() > PATIENCE {
-                panic!("not protected: {status:?}\n{}", self.ask("tail -n 30 /tmp/agent.log").1);
+                panic!("waited in vain until {what}: {status:?}\n{}", self.ask("tail -n 30 /tmp/agent.log").1);
             }
             std::thread::sleep(Duration::from_millis(200));
         }
@@ -85,6 +93,13 @@ impl Guest for Machine {
 fn gaps_of(site: &Site) -> usize {
     let points = site.with_key(&["vault", "points", "--limit", "100000"]);
     points.iter().filter(|object| object["type"] == "gap").count()
+}
+
+/// The causes of those that withhold points.
+fn machine_gaps_of(site: &Site) -> Vec<String> {
+    let points = site.with_key(&["vault", "points", "--limit", "100000"]);
+    let gaps = points.iter().filter(|object| object["type"] == "gap" && object["whole_machine"] == true);
+    gaps.map(|gap| gap["cause"].to_string()).collect()
 }
 
 /// Exports the point and checks file system and ledger; how many numbers it holds.
@@ -189,14 +204,56 @@ fn a_guest_with_a_protected_root_disk_loses_nothing_and_starts_again_from_a_bran
     assert!(sent(&status) < sent(&first) / 2, "only what differs travels: {status}");
     told.push(format!("power cut: {} bytes sent", sent(&status)));
 
-    // A second disk is protected from now on.
-    let both = format!("{config}[[disk]]\nname = \"data\"\npath = \"/dev/vdb\"\ncapture = \"ebpf\"\n");
-    guest.run("farshore-agent stop --config /agent.toml");
-    guest.run(&format!("cat > /agent.toml <<'end'\n{both}end"));
-    guest.start_agent();
-    let status = guest.wait_protected();
+    // A second disk is protected from now on. The agent runs on, and so does the load on both of them.
+    let named =
+        |name: &str, path: &str| format!("[[disk]]\nname = \"{name}\"\npath = \"{path}\"\ncapture = \"ebpf\"\n");
+    let reload = |guest: &mut Machine, config: &str| {
+        guest.run(&format!("cat > /agent.toml <<'end'\n{config}end"));
+        guest.run("farshore-agent reload --config /agent.toml");
+    };
+    let gaps = machine_gaps_of(&site);
+    let both = config.clone() + &named("data", "/dev/vdb");
+    reload(&mut guest, &both);
+    let status = guest.wait_until("two disks are protected", |status| {
+        status["state"] == "protected" && status["disks"].as_array().is_some_and(|disks| disks.len() == 2)
+    });
     guest.mark(&mut points);
     told.push(format!("second disk of {} MiB: {} bytes sent", DATA_BYTES >> 20, sent(&status)));
+
+    // It grows.
+    guest.hardware("block_resize", &json!({ "device": "disk1", "size": GROWN_BYTES }));
+    guest.wait_until("the agent has noticed", |status| status["disks"][1]["size_bytes"] == GROWN_BYTES);
+    // No more at once than the ring holds beside the load.
+    guest.run("dd if=/dev/urandom of=/dev/vdb bs=64k seek=808 count=16 conv=notrunc,fsync 2>/dev/null");
+    let status = guest.wait_protected();
+    guest.mark(&mut points);
+    told.push(format!("grown to {} MiB: {} bytes sent", GROWN_BYTES >> 20, sent(&status)));
+
+    // A third one is plugged in, written to, and taken.
+    let late = site.path("late.raw");
+    fs::File::create(&late).and_then(|file| file.set_len(LATE_BYTES)).unwrap();
+    let file = json!({ "driver": "file", "filename": late });
+    guest.hardware("blockdev-add", &json!({ "driver": "raw", "node-name": "late", "file": file }));
+    let device =
+        json!({ "driver": "virtio-blk-pci", "id": "late-device", "drive": "late", "serial": "guest-disk-late" });
+    guest.hardware("device_add", &device);
+    guest.run("i=0; until [ -b /dev/vdc ] || [ $i -gt 300 ]; do i=$((i+1)); sleep 0.1; done");
+    guest.run("dd if=/dev/urandom of=/dev/vdc bs=1M count=8 conv=notrunc,fsync 2>/dev/null");
+    reload(&mut guest, &(both.clone() + &named("late", "/dev/vdc")));
+    guest.run("dd if=/dev/urandom of=/dev/vdc bs=64k seek=120 count=16 conv=notrunc,fsync 2>/dev/null");
+    guest.wait_until("three disks are protected", |status| {
+        status["state"] == "protected" && status["disks"].as_array().is_some_and(|disks| disks.len() == 3)
+    });
+    guest.mark(&mut points);
+    let with_late = points[points.len() - 1].name.clone();
+
+    // It is pulled out: the agent says so, and the others go on.
+    guest.hardware("device_del", &json!({ "id": "late-device" }));
+    let status = guest.wait_until("the agent has noticed", |status| status["disks"][2]["problem"] != "");
+    told.push(format!("pulled out: {}", status["disks"][2]["problem"]));
+    guest.wait_protected();
+    guest.mark(&mut points);
+    assert_eq!(machine_gaps_of(&site), gaps, "the machine as a whole has no gap");
 
     // Once nothing writes to it any more, the replica is that disk.
     guest.run("touch /tmp/stop; while pidof load; do sleep 0.1; done; umount /data");
@@ -207,6 +264,9 @@ fn a_guest_with_a_protected_root_disk_loses_nothing_and_starts_again_from_a_bran
     let last = &points[points.len() - 1].name;
     site.with_key(&["branch", "export", "--at", last, "--disk", "1", "--to", &site.at("data.export")]);
     assert!(equal(&site.path("data.export"), &data), "the replica of the second disk is not what the disk is");
+    assert_eq!(fs::metadata(&data).unwrap().len(), GROWN_BYTES);
+    site.with_key(&["branch", "export", "--at", &with_late, "--disk", "2", "--to", &site.at("late.export")]);
+    assert!(equal(&site.path("late.export"), &late), "the replica of the third disk is not what the disk is");
 
     // The machine starts from a branch of its own history.
     let point = &points[points.len() / 2];

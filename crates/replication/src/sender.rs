@@ -18,6 +18,7 @@
 //! forgotten only when that heal, and no later one, is committed.
 
 mod breaks;
+mod disks;
 mod events;
 mod greeting;
 mod healing;
@@ -91,6 +92,9 @@ pub struct Sender {
     p0: SequenceNumber,
     /// Ranges that are lacking although the stream is whole.
     lacking: Lacking,
+    /// Disks that are not captured any more, each with the number up to which it has to be announced: journaled, nothing of
+    /// it is under way.
+    leaving: Vec<(DiskId, SequenceNumber)>,
     /// The ring position that must have been consumed before these ranges can be healed.
     lacking_until: u64,
     /// The newest change when the capture was last looked at.
@@ -165,6 +169,7 @@ impl Sender {
             reach: Reach::Machine,
             p0: SequenceNumber(0),
             lacking: Lacking::default(),
+            leaving: Vec::new(),
             lacking_until: 0,
             reported: SequenceNumber(0),
             inherited: None,
@@ -329,6 +334,9 @@ impl Sender {
                     run.fetched(disk, range, data);
                 }
             }
+            Event::Joined { geometry, ranges, cause, producer } => self.joined(geometry, ranges, &cause, producer),
+            Event::Leaving { geometry, cause } => self.left(geometry, &cause),
+            Event::Gone(disk) => self.gone(disk),
             Event::Producer(target) => {
                 if let Heal::Sampling(heal) = self.heal {
                     self.heal = Heal::Ending { heal, target };
@@ -358,12 +366,14 @@ impl Sender {
         }
         let may_heal = match &self.stream {
             StreamState::Broken { .. } => true,
-            StreamState::Whole => !self.lacking.is_empty() && self.consumed >= self.lacking_until,
+            StreamState::Whole => self.lacking.wants_heal() && self.consumed >= self.lacking_until,
             StreamState::Draining { .. } => false,
         };
         if let Heal::Wanted = self.heal
             && may_heal
             && self.now >= self.heal_not_before
+            // Its end would close the gap of a disk that is leaving.
+            && self.leaving.is_empty()
         {
             self.heal = Heal::Rotating;
             out.push(Action::Rotate { for_heal: true });
@@ -471,7 +481,8 @@ impl Sender {
 
     fn append(&mut self, kind: ChangeKind, disk: DiskId, time: SourceTime, continues: bool, ring_end: Option<u64>) {
         self.assigned = self.assigned.next();
-        if matches!(kind, ChangeKind::HealStart { .. }) {
+        // What the ring does not hold, a sender that begins with the ring alone could not give again.
+        if ring_end.is_none() && !continues {
             self.steady_from = self.assigned;
         }
         let change = Change { sequence: self.assigned, time, disk, continues, kind };

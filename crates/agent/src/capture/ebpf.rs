@@ -12,6 +12,8 @@
 //! * [`kernel`]: shared memory, the ring, system calls; all `unsafe` of this capture. [`assemble`]: records to requests.
 //! * [`reading`]: what of the ring is handed out. [`epochs`]: the maps of each epoch.
 //! * [`ledger`]: what an agent keeps for its successor. [`pins`]: where, and who has it. [`grace`]: when an epoch can be read by nobody any more.
+//! * [`opening`]: how it begins, or goes on with what is pinned. [`places`], [`changes`]: which disks it has, and how they come,
+//!   grow and go.
 //! * [`support`]: what this machine and these disks offer. [`types`]: what the kernel says of its tracepoints.
 //!
 //! Everything lives in kernel memory pinned in the BPF file system, so a killed agent loses nothing: its successor goes on
@@ -31,23 +33,27 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use replication::limits::DISKS_MAX;
-use replication::maps::{MAPS_BYTES_MAX, MapScale};
 use replication::sender::Resumption;
 use replication::{ByteRange, DiskGeometry, DiskId, Epoch, MachineId, MarkerKind, SourceTime};
 use world::{BlockDevice, BlockError, Clock, FileDevice};
 
-use super::{Capture, CaptureStatus, Captured, Continuity, GapCause, Mode, RingPosition, WriteCounts};
+use super::{Capture, CaptureStatus, Captured, Continuity, GapCause, Mode, NewDisk, Phase, RingPosition, WriteCounts};
 
 mod assemble;
+mod changes;
+#[cfg(test)]
+mod changes_tests;
 mod epochs;
 mod grace;
 mod kernel;
 mod layout;
 mod ledger;
 mod loader;
+mod opening;
 #[cfg(test)]
 mod oracle;
 mod pins;
+mod places;
 #[cfg(test)]
 mod planted;
 mod reading;
@@ -59,8 +65,9 @@ mod types;
 use assemble::Assembler;
 use epochs::{slot_of, unstreamed};
 use grace::Grace;
-use layout::{Control, Cpu, GAP_CAUSES, MAPS_PER_DISK, PARTS_MAX, SLOTS, Target, WORD_SHIFT, WORD_TRACK};
-use loader::{Installed, Object};
+use layout::{Control, Cpu, GAP_CAUSES, MAPS_PER_DISK, PARTS_MAX, SLOTS, WORD_SHIFT, WORD_TRACK};
+use loader::Installed;
+use places::Place;
 use reading::cause_of;
 
 pub use pins::{DetachError, detach};
@@ -119,6 +126,14 @@ pub enum OpenEbpfError {
         /// In words.
         why: String,
     },
+    /// The maps have no room for what a disk has become.
+    #[error(
+        "the dirty maps have no room left for {0}: start the agent again after `farshore-agent detach`, all disks are compared then"
+    )]
+    Room(PathBuf),
+    /// A disk is known already.
+    #[error("{0} is captured already, or was until a moment ago")]
+    Known(PathBuf),
     /// Too many disks, or one twice.
     #[error(
         "a machine has at most {DISKS_MAX} disks, at most {PARTS_MAX} of them partitions of one, and none overlaps another"
@@ -173,12 +188,11 @@ impl EbpfCounters {
 /// What pins were made for. Others do not fit.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Shape {
-    /// Of the machine and its disks: numbers, devices, sizes, serials.
+    /// Of the machine.
     digest: [u64; 2],
     ring_bytes: u64,
-    /// Bytes of one map over all disks: a multiple of eight.
+    /// Bytes of one map, with what is to spare for disks that come and grow: a multiple of eight.
     map_cells: u64,
-    granule_shift: u32,
 }
 
 impl Shape {
@@ -201,9 +215,20 @@ fn opening_word() -> u64 {
 
 struct Disk {
     geometry: DiskGeometry,
-    device: FileDevice,
-    /// First cell of it within each map.
-    first_cell: usize,
+    /// None once it has left.
+    device: Option<FileDevice>,
+    place: Place,
+    /// It was added or has grown, and the heal of that has not ended.
+    joins: bool,
+    leaving: Option<Leaving>,
+}
+
+/// A disk that is not captured any more.
+struct Leaving {
+    /// The epoch then: no bio of it was noted in a later one.
+    epoch: Epoch,
+    /// Nobody asks for it any more.
+    forgotten: bool,
 }
 
 /// The capture. One for each set of pins.
@@ -211,10 +236,9 @@ pub struct EbpfCapture {
     installed: Arc<Installed>,
     /// Keeps other agents off the pins.
     _lock: File,
-    disks: Vec<Disk>,
-    index: BTreeMap<DiskId, usize>,
+    /// By slot: their number in the programs.
+    disks: BTreeMap<usize, Disk>,
     shape: Shape,
-    scale: MapScale,
     clock: Arc<dyn Clock>,
     grace: Grace,
     continuity: Continuity,
@@ -243,128 +267,6 @@ pub struct EbpfCapture {
 }
 
 impl EbpfCapture {
-    /// Goes on with the capture pinned for exactly these disks, or begins one, in track mode.
-    ///
-    /// # Errors
-    /// See [`OpenEbpfError`]. What a predecessor pinned for other disks is gone then.
-    pub fn open(
-        disks: Vec<EbpfDisk>,
-        clock: Arc<dyn Clock>,
-        config: &EbpfConfig,
-    ) -> Result<EbpfCapture, OpenEbpfError> {
-        EbpfCapture::open_object(disks, clock, config, &loader::object())
-    }
-
-    fn open_object(
-        disks: Vec<EbpfDisk>,
-        clock: Arc<dyn Clock>,
-        config: &EbpfConfig,
-        object: &Object<'_>,
-    ) -> Result<EbpfCapture, OpenEbpfError> {
-        support::check_machine().map_err(OpenEbpfError::Unsupported)?;
-        let mounted = support::provide_pin_directory(&config.pins);
-        let pinned = |source| OpenEbpfError::Pins { path: config.pins.clone(), source };
-        mounted.map_err(pinned)?;
-        let lock = pins::lock(&config.pins).map_err(|error| match error.kind() {
-            std::io::ErrorKind::WouldBlock => OpenEbpfError::InUse(config.pins.clone()),
-            _ => pinned(error),
-        })?;
-        if disks.len() > DISKS_MAX {
-            return Err(OpenEbpfError::Disks);
-        }
-        let sizes: Vec<u64> = disks.iter().map(|disk| disk.geometry.size_bytes).collect();
-        let scale = MapScale::fitting(&sizes, MAPS_PER_DISK as u64, MAPS_BYTES_MAX);
-        let mut targets: Vec<(u64, Target)> = Vec::new();
-        let mut opened = Vec::new();
-        let mut cells = 0;
-        support::check_layers(&disks).map_err(|(path, why)| OpenEbpfError::Disk { path, why })?;
-        for disk in disks {
-            let place =
-                support::place_of(&disk.path).map_err(|why| OpenEbpfError::Disk { path: disk.path.clone(), why })?;
-            let device = FileDevice::open_direct(&disk.path)
-                .map_err(|error| OpenEbpfError::Disk { path: disk.path.clone(), why: error.to_string() })?;
-            let (start, sectors) = (place.start_sector, disk.geometry.size_bytes / 512);
-            let number = opened.len() as u32;
-            let target = Target { start, end: start + sectors, first_cell: cells as u64, disk: number, reserved: 0 };
-            let of_it = || targets.iter().filter(|(device, _)| *device == place.device).map(|(_, other)| other);
-            let fits = of_it().all(|other| target.end <= other.start || other.end <= target.start);
-            if !fits || of_it().count() >= PARTS_MAX {
-                return Err(OpenEbpfError::Disks);
-            }
-            targets.push((place.device, target));
-            let first_cell = cells;
-            cells += scale.cells(disk.geometry.size_bytes);
-            opened.push(Disk { geometry: disk.geometry, device, first_cell });
-        }
-        let ring = config.ring_bytes_max.clamp(RING_BYTES_MIN, RING_BYTES_MAX);
-        let shape = Shape {
-            digest: digest(config.machine, &opened, &targets),
-            ring_bytes: 1 << ring.ilog2(),
-            map_cells: (cells as u64).next_multiple_of(8),
-            granule_shift: scale.granule_bytes().trailing_zeros(),
-        };
-        let adopted = loader::adopt(&config.pins, &shape)?;
-        let is_adopted = adopted.is_some();
-        let installed = match adopted {
-            Some(installed) => installed,
-            None => loader::install(&config.pins, &shape, &targets, &config.variants, object)
-                .inspect_err(|_| drop(pins::remove(&config.pins)))?,
-        };
-        EbpfCapture::around(installed, lock, opened, shape, scale, clock, is_adopted)
-    }
-
-    fn around(
-        installed: Installed,
-        lock: File,
-        disks: Vec<Disk>,
-        shape: Shape,
-        scale: MapScale,
-        clock: Arc<dyn Clock>,
-        is_adopted: bool,
-    ) -> Result<EbpfCapture, OpenEbpfError> {
-        let index = disks.iter().enumerate().map(|(index, disk)| (disk.geometry.disk, index)).collect();
-        let consumer = installed.ring.consumer();
-        let resumption = installed.ledger.resumption().filter(|_| is_adopted);
-        let refusals = installed.ledger.refusal().into_iter().collect();
-        let mut capture = EbpfCapture {
-            grace: Grace::start().map_err(OpenEbpfError::System)?,
-            continuity: if is_adopted { Continuity::SameBoot } else { Continuity::Fresh },
-            skip_through: resumption.as_ref().map_or_else(|| installed.ring.producer(), |kept| kept.ring_end),
-            installed: Arc::new(installed),
-            _lock: lock,
-            disks,
-            index,
-            shape,
-            scale,
-            clock,
-            resumption,
-            assembler: Assembler::keeping(AHEAD_BYTES_MAX),
-            read: consumer,
-            seen: consumer,
-            handed: consumer,
-            released: consumer,
-            held_back: Vec::new(),
-            refusals,
-            not_before: SourceTime(0),
-            incomplete: 0,
-            gaps_seen: [0; GAP_CAUSES],
-            cause: None,
-            inherited: Epoch(0),
-        };
-        let epoch = capture.epoch();
-        if is_adopted {
-            capture.inherited = epoch;
-            tracing::info!(epoch = epoch.0, continues = capture.resumption.is_some(), "capture adopted");
-        } else {
-            for disk in 0..capture.disks.len() {
-                capture.require_whole_index(disk);
-            }
-        }
-        // A predecessor may have been killed between a rotation and the end of its grace period.
-        capture.grace.begin(epoch);
-        Ok(capture)
-    }
-
     /// A view of its counters for other threads.
     pub fn counters(&self) -> EbpfCounters {
         EbpfCounters(self.installed.clone())
@@ -378,8 +280,11 @@ impl EbpfCapture {
         Epoch((self.word() >> WORD_SHIFT) as u32)
     }
 
-    fn index(&self, disk: DiskId) -> usize {
-        *self.index.get(&disk).expect("the engine names only disks that this capture told it of")
+    /// The slot of a disk that this capture names.
+    fn slot(&self, disk: DiskId) -> usize {
+        let is_it = |known: &Disk| known.geometry.disk == disk && !known.is_forgotten();
+        let found = self.disks.iter().find(|(_, known)| is_it(known)).map(|(slot, _)| *slot);
+        found.expect("the engine names only disks that this capture told it of")
     }
 
     /// A counter over all CPUs.
@@ -392,22 +297,9 @@ impl EbpfCapture {
     }
 }
 
-fn digest(machine: MachineId, disks: &[Disk], targets: &[(u64, Target)]) -> [u64; 2] {
-    let mut hasher = blake3::Hasher::new();
-    hasher.update(&machine.0).update(&layout::VERSION.to_le_bytes());
-    for (disk, (device, target)) in disks.iter().zip(targets) {
-        let serial = disk.geometry.identity.serial.as_bytes();
-        hasher.update(&disk.geometry.disk.0.to_le_bytes()).update(&device.to_le_bytes()).update(&target.bytes());
-        hasher.update(&(serial.len() as u64).to_le_bytes()).update(serial);
-    }
-    let hash = hasher.finalize();
-    let word = |at: usize| u64::from_le_bytes(*hash.as_bytes()[at..].first_chunk().expect("a hash has 32 bytes"));
-    [word(0), word(8)]
-}
-
 impl Capture for EbpfCapture {
     fn disks(&self) -> Vec<DiskGeometry> {
-        self.disks.iter().map(|disk| disk.geometry.clone()).collect()
+        self.disks.values().filter(|disk| !disk.is_forgotten()).map(|disk| disk.geometry.clone()).collect()
     }
 
     fn next(&mut self) -> Option<Captured> {
@@ -516,21 +408,24 @@ impl Capture for EbpfCapture {
     }
 
     fn heal_set(&self, disk: DiskId) -> Vec<ByteRange> {
-        let index = self.index(disk);
-        if self.installed.ledger.whole() >> index & 1 == 1 {
-            return ByteRange::between(0, self.disks[index].geometry.size_bytes).into_iter().collect();
+        let slot = self.slot(disk);
+        if self.disks[&slot].leaving.is_some() {
+            return Vec::new();
         }
-        self.map(0, index).ranges()
+        if self.installed.ledger.whole() >> slot & 1 == 1 {
+            return ByteRange::between(0, self.disks[&slot].geometry.size_bytes).into_iter().collect();
+        }
+        self.map(0, slot).ranges()
     }
 
     fn require_whole(&mut self, disk: DiskId) {
-        self.require_whole_index(self.index(disk));
+        self.require_whole_index(self.slot(disk));
         // A stream that goes on as if nothing were in doubt would never be healed.
         self.keep(None);
     }
 
     fn clear_heal_set(&mut self) {
-        (0..self.disks.len()).for_each(|disk| self.map(0, disk).clear());
+        self.disks.keys().for_each(|disk| self.map(0, *disk).clear());
         self.installed.ledger.set_whole(0);
     }
 
@@ -555,7 +450,7 @@ impl Capture for EbpfCapture {
             .map(|(slot, _)| slot)
             .collect();
         let mut found = Vec::new();
-        for (index, disk) in self.disks.iter().enumerate() {
+        for (&index, disk) in self.disks.iter().filter(|(_, disk)| disk.leaving.is_none()) {
             for &slot in &recent {
                 let whole = self.whole_flag(slot, index).load(Ordering::SeqCst) != 0;
                 let all = ByteRange::between(0, disk.geometry.size_bytes).filter(|_| whole);
@@ -603,6 +498,39 @@ impl Capture for EbpfCapture {
     }
 
     fn read(&self, disk: DiskId, offset: u64, buffer: &mut [u8]) -> Result<(), BlockError> {
-        self.disks[self.index(disk)].device.read_at(offset, buffer)
+        let end = offset + buffer.len() as u64;
+        match &self.disks[&self.slot(disk)].device {
+            Some(device) => device.read_at(offset, buffer),
+            None => Err(BlockError::Unreadable {
+                start: offset,
+                end,
+                source: std::io::Error::new(std::io::ErrorKind::NotFound, "the disk has left"),
+            }),
+        }
+    }
+
+    fn add_disk(&mut self, disk: NewDisk) -> Result<(), String> {
+        self.add(EbpfDisk { geometry: disk.geometry, path: disk.path }).map_err(|error| error.to_string())
+    }
+
+    fn grow_disk(&mut self, disk: DiskId, size_bytes: u64) -> Result<(), String> {
+        self.grow(self.slot(disk), size_bytes).map_err(|error| error.to_string())
+    }
+
+    fn retire_disk(&mut self, disk: DiskId) {
+        self.retire(self.slot(disk));
+    }
+
+    fn forget_disk(&mut self, disk: DiskId) {
+        let slot = self.slot(disk);
+        let leaving = self.disks.get_mut(&slot).and_then(|known| known.leaving.as_mut());
+        leaving.expect("only a disk that was retired is forgotten").forgotten = true;
+    }
+
+    fn follow(&mut self, phase: Phase) {
+        if phase.whole && !phase.healing {
+            self.end_joining();
+        }
+        self.clear_forgotten();
     }
 }

@@ -71,6 +71,11 @@ pub enum Request {
         /// Milliseconds to wait for that; then there is a gap, healed from the maps.
         within_ms: u64,
     },
+    /// Take the disks of this configuration file, which is the agent's own. Other settings are taken by the next start.
+    Reload {
+        /// Its absolute path.
+        config: PathBuf,
+    },
     /// End in order.
     Stop,
 }
@@ -122,6 +127,13 @@ pub enum Answer {
         /// Everything was committed before: the stream goes on without a gap.
         drained: bool,
     },
+    /// To `reload`.
+    Reloaded {
+        /// What was done, a line each; empty if nothing had changed.
+        changes: Vec<String>,
+        /// Other settings have changed as well: the next start takes them.
+        restart: bool,
+    },
     /// To `stop`.
     Stopping,
     /// It was not done.
@@ -150,6 +162,7 @@ pub fn ask(socket: &Path, request: &Request) -> Result<Answer, Problem> {
         Request::Mark { wait_ms, .. } => Duration::from_millis(*wait_ms),
         Request::Freeze { limit_ms, .. } => Duration::from_millis(*limit_ms),
         Request::Move { within_ms } => Duration::from_millis(*within_ms),
+        Request::Reload { .. } => Duration::from_secs(60),
         _ => Duration::ZERO,
     };
     stream.set_read_timeout(Some(wait + 2 * ENGINE_LIMIT)).map_err(broken)?;
@@ -291,6 +304,10 @@ fn answer(request: Request, shared: &Shared) -> Result<Answer, Problem> {
             let drained = moved.map_err(|_| deaf("the replication thread does not answer"))??;
             Ok(Answer::Moved { drained })
         }
+        Request::Reload { config } => {
+            let (changes, restart) = shared.reload(&config)?;
+            Ok(Answer::Reloaded { changes, restart })
+        }
         Request::Stop => {
             shared.request_stop("the control socket");
             Ok(Answer::Stopping)
@@ -310,6 +327,7 @@ mod tests {
             (r#"{"command":"point","name":"x"}"#, Request::Point { name: "x".into(), wait_ms: 0 }),
             (r#"{"command":"freeze","limit_ms":5}"#, Request::Freeze { limit_ms: 5, mark: None }),
             (r#"{"command":"thaw"}"#, Request::Thaw),
+            (r#"{"command":"reload","config":"/a"}"#, Request::Reload { config: "/a".into() }),
             (r#"{"command":"stop"}"#, Request::Stop),
         ] {
             assert_eq!(serde_json::from_str::<Request>(line).expect(line), request);

@@ -13,6 +13,7 @@ use replication::wire::Message;
 use replication::{Generation, MarkerKind};
 use world::Monotonic;
 
+use super::disk_set::DiskStep;
 use super::marks::Claim;
 use super::problem::Problem;
 use super::uplink::Uplink;
@@ -57,6 +58,8 @@ pub(crate) enum Command {
     /// Have everything committed that was sent, then go on at the server that the state directory names; the answer says
     /// whether nothing was left to be committed.
     Move { within: Duration, reply: SyncSender<Result<bool, Problem>> },
+    /// Change which disks are captured: all of it, or nothing if one cannot be added or followed as it grew. Removals come last.
+    Disks { steps: Vec<DiskStep>, reply: SyncSender<Result<(), String>> },
     /// Send what is left, say good-bye, end.
     Finish { within: Duration },
 }
@@ -85,6 +88,8 @@ pub(super) struct Drive {
     idle: Duration,
     /// The session was accepted, and that was noted.
     welcomed: bool,
+    /// The link was ended to announce other disks, and the next one is not accepted yet.
+    renewing: bool,
     /// What this machine is made of, and whether this session's server was told.
     description: Option<String>,
     described: bool,
@@ -116,6 +121,7 @@ impl Drive {
             pending: Vec::new(),
             idle: IDLE_MIN,
             welcomed: false,
+            renewing: false,
             description: None,
             described: false,
             finish_by: None,
@@ -152,6 +158,7 @@ impl Drive {
             let step = self.engine.step(self.uplink.wire().map(|wire| wire as &mut dyn Wire));
             if self.uplink.is_welcomed() && !self.welcomed {
                 self.welcomed = true;
+                self.renewing = false;
                 self.uplink.welcomed();
             }
             match step {
@@ -160,7 +167,7 @@ impl Drive {
                 Step::Reconnect(reason) => {
                     self.engine.link_down();
                     self.uplink.ended(reason);
-                    self.welcomed = false;
+                    (self.welcomed, self.renewing) = (false, false);
                 }
                 Step::Refused(reason) => {
                     self.engine.link_down();
@@ -173,6 +180,9 @@ impl Drive {
             }
             if !self.settling.is_empty() {
                 self.settle();
+            }
+            if self.engine.forget_left() {
+                self.renew_link();
             }
             if self.welcomed && !self.described {
                 self.describe();
@@ -227,11 +237,51 @@ impl Drive {
             Command::Describe { document } => (self.description, self.described) = (Some(document), false),
             Command::Settle { until, reply } => self.settling.push((until, reply)),
             Command::Ready { name, reply } => drop(reply.send(self.check_whole(&name))),
+            Command::Disks { steps, reply } => drop(reply.send(self.change_disks(steps))),
             Command::Rest { until, reply } => {
                 let _ = reply.send(());
                 self.rest_until(until);
             }
             Command::Wake => {}
+        }
+    }
+
+    fn change_disks(&mut self, steps: Vec<DiskStep>) -> Result<(), String> {
+        let mut added = Vec::new();
+        let mut outcome = Ok(());
+        for step in steps {
+            let done = match step {
+                DiskStep::Add(new, cause) => {
+                    let disk = new.geometry.disk;
+                    self.engine.add_disk(new, &cause).map(|()| added.push(disk))
+                }
+                DiskStep::Grow(geometry, cause) => self.engine.grow_disk(geometry, &cause),
+                DiskStep::Remove(disk, cause) => {
+                    self.engine.remove_disk(disk, &cause);
+                    Ok(())
+                }
+            };
+            if done.is_err() {
+                added.iter().for_each(|disk| {
+                    self.engine.remove_disk(*disk, "it was added together with one that could not be")
+                });
+                outcome = done;
+                break;
+            }
+        }
+        if outcome.is_ok() || !added.is_empty() {
+            self.renew_link();
+            // Whoever asked may look at the status next.
+            self.publish(self.shared.clock.monotonic());
+        }
+        outcome
+    }
+
+    /// Disks are announced at the beginning of a session.
+    fn renew_link(&mut self) {
+        if self.uplink.renew() {
+            self.engine.link_down();
+            (self.welcomed, self.renewing) = (false, true);
         }
     }
 
@@ -400,12 +450,22 @@ impl Drive {
             (ProtectionState::Stopping, "")
         } else if let Some(refusal) = self.uplink.refusal() {
             (ProtectionState::Refused, refusal)
+        } else if !self.welcomed && self.renewing {
+            (ProtectionState::Healing, "the disks have changed")
         } else if !self.welcomed {
             let waiting =
                 if self.uplink.was_attempted() { ProtectionState::Disconnected } else { ProtectionState::Starting };
             (waiting, self.uplink.last_error())
         } else if gap.is_empty() && !engine.healing {
-            (ProtectionState::Protected, "")
+            let missing = self
+                .shared
+                .status()
+                .disks
+                .iter()
+                .find(|disk| !disk.problem.is_empty())
+                .map(|disk| format!("disk `{}`: {}; everything else is protected", disk.name, disk.problem));
+            lacking = missing.unwrap_or_default();
+            (ProtectionState::Protected, &*lacking)
         } else if engine.whole && !engine.lacking.is_empty() {
             lacking = format!("everything but {} is protected; that is healed on its own", engine.lacking);
             (ProtectionState::Healing, &*lacking)

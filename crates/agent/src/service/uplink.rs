@@ -180,6 +180,15 @@ impl Uplink {
         }
     }
 
+    /// Ends the link and opens another one at once; whether there was one.
+    pub(super) fn renew(&mut self) -> bool {
+        let was_up = matches!(self.state, State::Up { .. });
+        if was_up {
+            self.state = State::Waiting { until: self.clock.monotonic() };
+        }
+        was_up
+    }
+
     /// The server does not want this machine.
     pub(super) fn turned_away(&mut self, reason: String) {
         let first = self.refusal.as_ref() != Some(&reason);

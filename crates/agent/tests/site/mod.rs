@@ -61,6 +61,8 @@ pub struct Store {
     empty: bool,
     journal_lost: bool,
     last_boot: Option<([u8; 16], [u8; 16])>,
+    /// The disks that the newest session announced.
+    pub announced: Vec<DiskId>,
     /// The needs that sessions were greeted with.
     pub needs: Vec<HealNeed>,
     /// Positions at which gaps opened, with their cause.
@@ -120,6 +122,7 @@ impl Server {
             empty: true,
             journal_lost: false,
             last_boot: None,
+            announced: Vec::new(),
             needs: Vec::new(),
             gaps: Vec::new(),
             range_gaps: Vec::new(),
@@ -311,6 +314,7 @@ impl Session {
             }
         };
         store.needs.push(need);
+        store.announced = hello.disks.iter().map(|disk| disk.disk).collect();
         store.last_boot = Some((hello.boot, hello.vm_generation));
         for disk in &hello.disks {
             let replica = store.replicas.entry(disk.disk).or_default();

@@ -2,8 +2,10 @@
 
 use std::fmt::Write;
 use std::io::Write as _;
+use std::path::Path;
 use std::time::Duration;
 
+use agent::config::AgentConfig;
 use agent::consistency::left_over;
 use agent::service::control::{Answer, FREEZE_MS_MAX, MARK_WAIT_MS_MAX, Request, ask};
 use agent::service::problem::Problem;
@@ -132,6 +134,24 @@ pub(crate) fn thaw(target: &Target, output: &Output) -> Result<(), Problem> {
     }
 }
 
+pub(crate) fn reload(config: &Path, output: &Output) -> Result<(), Problem> {
+    let read = AgentConfig::load(config)?;
+    let cannot =
+        |error: std::io::Error| Problem::caused("the configuration cannot be named", &error, "name it by its path");
+    let request = Request::Reload { config: std::path::absolute(config).map_err(cannot)? };
+    let answer = ask(&read.control_socket(), &request)?;
+    let Answer::Reloaded { changes, restart } = &answer else { return Err(unexpected(&answer)) };
+    let mut lines = changes.clone();
+    if lines.is_empty() {
+        lines.push("the disks are those that it has".to_owned());
+    }
+    if *restart {
+        lines.push("note: other settings than disks have changed; the next start takes them".to_owned());
+    }
+    output.data(&answer, lines.join("\n"));
+    Ok(())
+}
+
 pub(crate) fn stop(target: &Target, output: &Output) -> Result<(), Problem> {
     let config = target.config()?;
     let answer = ask(&config.control_socket(), &Request::Stop)?;
@@ -241,6 +261,9 @@ fn describe(status: &AgentStatus) -> String {
     }
     for disk in &status.disks {
         line("disk", format!("{} {}, {}, export {}", disk.name, disk.path, bytes(disk.size_bytes), disk.export));
+        if !disk.problem.is_empty() {
+            line("NOT all", format!("of {}: {}", disk.name, disk.problem));
+        }
     }
     line("nbd", format!("{}, {} clients", status.nbd.socket, status.nbd.connections));
     line("agent", format!("pid {}, up {}, version {}", status.pid, seconds(status.uptime_s), status.version));

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use agent::config::AgentConfig;
 use agent::service::problem::Problem;
-use agent::service::{Service, ServiceOptions, Stopper};
+use agent::service::{Reloader, Service, ServiceOptions, Stopper};
 use clap::Args;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tracing_subscriber::EnvFilter;
@@ -34,7 +34,8 @@ pub(crate) fn run(arguments: &RunArguments, _output: &Output) -> Result<(), Vec<
     let signals = Signals::catch().map_err(|problem| vec![problem])?;
     let options = ServiceOptions { accept_disks: arguments.accept_disk.clone(), clock: Arc::new(SystemClock) };
     let service = Service::start(&config, options)?;
-    signals.stop_on_any(service.stopper()).map_err(|problem| vec![problem])?;
+    let config = std::path::absolute(&arguments.config).unwrap_or_else(|_| arguments.config.clone());
+    signals.follow(service.stopper(), service.reloader(), config).map_err(|problem| vec![problem])?;
     let why = service.wait();
     tracing::info!(why, "asked to stop");
     service.stop().map_err(|problem| vec![problem])
@@ -50,12 +51,13 @@ fn begin_log(json: bool) {
     }
 }
 
-/// SIGTERM and SIGINT, caught from the moment this exists. SIGPIPE stays ignored, as at the start of every Rust program:
+/// SIGTERM, SIGINT and SIGHUP, caught from the moment this exists. SIGPIPE stays ignored, as at the start of every Rust program:
 /// an NBD client that goes away must not end the agent.
 struct Signals {
     runtime: tokio::runtime::Runtime,
     terminate: Signal,
     interrupt: Signal,
+    hang_up: Signal,
 }
 
 impl Signals {
@@ -67,21 +69,31 @@ impl Signals {
         let inside = runtime.enter();
         let terminate = signal(SignalKind::terminate()).map_err(problem)?;
         let interrupt = signal(SignalKind::interrupt()).map_err(problem)?;
+        let hang_up = signal(SignalKind::hangup()).map_err(problem)?;
         drop(inside);
-        Ok(Signals { runtime, terminate, interrupt })
+        Ok(Signals { runtime, terminate, interrupt, hang_up })
     }
 
-    /// Stops the agent on the first of them, on a thread of its own.
-    fn stop_on_any(self, stopper: Stopper) -> Result<(), Problem> {
-        let Signals { runtime, mut terminate, mut interrupt } = self;
+    /// Has the agent read `config` again on SIGHUP and stops it on the first other one, on a thread of its own.
+    fn follow(self, stopper: Stopper, reloader: Reloader, config: PathBuf) -> Result<(), Problem> {
+        let Signals { runtime, mut terminate, mut interrupt, mut hang_up } = self;
         let watch = move || {
-            let name = runtime.block_on(async {
-                tokio::select! {
-                    _ = terminate.recv() => "SIGTERM",
-                    _ = interrupt.recv() => "SIGINT",
+            loop {
+                let name = runtime.block_on(async {
+                    tokio::select! {
+                        _ = terminate.recv() => Some("SIGTERM"),
+                        _ = interrupt.recv() => Some("SIGINT"),
+                        _ = hang_up.recv() => None,
+                    }
+                });
+                match name {
+                    Some(name) => return stopper.request(name),
+                    None => match reloader.reload(&config) {
+                        Ok(changes) => tracing::info!(changes = changes.len(), "the configuration was read again"),
+                        Err(problem) => tracing::error!(%problem, "SIGHUP"),
+                    },
                 }
-            });
-            stopper.request(name);
+            }
         };
         let thread = std::thread::Builder::new().name("signals".to_owned()).spawn(watch);
         thread

@@ -86,6 +86,13 @@ enum Command {
     },
     /// Let writes go on after `freeze`, or after an agent that was killed while it took a point.
     Thaw(Target),
+    /// Have the running agent take the disks of its configuration file: added ones join while the others stream on, others
+    /// leave. A file with a mistake is refused as a whole. SIGHUP does the same.
+    Reload {
+        /// The agent's configuration file.
+        #[arg(long, env = "FARSHORE_AGENT_CONFIG", value_name = "FILE")]
+        config: PathBuf,
+    },
     /// Stop the running agent in order and wait until it has ended. Capture by eBPF goes on in the kernel; see `detach`.
     Stop(Target),
     /// Take the eBPF programs of a stopped agent out of the kernel.
@@ -160,6 +167,7 @@ fn main() -> ExitCode {
         }
         Command::Thaw(target) => ask::thaw(&target, &output).map_err(|problem| vec![problem]),
         Command::Stop(target) => ask::stop(&target, &output).map_err(|problem| vec![problem]),
+        Command::Reload { config } => ask::reload(&config, &output).map_err(|problem| vec![problem]),
         Command::Detach { config } => detach(&config, &output).map_err(|problem| vec![problem]),
     };
     match outcome {

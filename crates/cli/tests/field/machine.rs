@@ -9,6 +9,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use serde_json::{Value, json};
+
 use super::site::done;
 
 /// Emulation is slow, and the machine may be busy with other tests.
@@ -177,6 +179,7 @@ pub(crate) struct Hardware<'a> {
 pub(crate) struct Machine {
     emulator: Child,
     console: PathBuf,
+    monitor: PathBuf,
     line: UnixStream,
     answers: BufReader<UnixStream>,
     asked: u32,
@@ -187,8 +190,9 @@ impl Machine {
     pub(crate) fn boot(hardware: &Hardware<'_>) -> Machine {
         let console = hardware.folder.join("console");
         let socket = hardware.folder.join("serial");
+        let monitor = hardware.folder.join("monitor");
         // What an earlier start left would be taken for this one's.
-        for left in [&console, &socket] {
+        for left in [&console, &socket, &monitor] {
             let _ = fs::remove_file(left);
         }
         let mut command = Command::new("qemu-system-x86_64");
@@ -205,7 +209,9 @@ impl Machine {
             .arg(format!("file:{}", console.display()))
             .arg("-chardev")
             .arg(format!("socket,id=line,path={},server=on,wait=off", socket.display()))
-            .args(["-serial", "chardev:line"]);
+            .args(["-serial", "chardev:line"])
+            .arg("-qmp")
+            .arg(format!("unix:{},server=on,wait=off", monitor.display()));
         let disks = std::iter::once(hardware.disk.to_owned())
             .chain(hardware.more.iter().map(|disk| disk.display().to_string()));
         for (index, disk) in disks.enumerate() {
@@ -227,7 +233,25 @@ impl Machine {
         let line = UnixStream::connect(socket).unwrap();
         line.set_read_timeout(Some(PATIENCE)).unwrap();
         let answers = BufReader::new(line.try_clone().unwrap());
-        Machine { emulator, console, line, answers, asked: 0 }
+        Machine { emulator, console, monitor, line, answers, asked: 0 }
+    }
+
+    /// Has the emulator do something to the hardware, in the words of its monitor protocol.
+    pub(crate) fn hardware(&self, command: &str, arguments: &Value) {
+        let mut monitor = UnixStream::connect(&self.monitor).unwrap();
+        monitor.set_read_timeout(Some(PATIENCE)).unwrap();
+        let mut answers = BufReader::new(monitor.try_clone().unwrap()).lines();
+        let wanted = json!({ "execute": command, "arguments": arguments });
+        for request in [json!({ "execute": "qmp_capabilities" }), wanted] {
+            writeln!(monitor, "{request}").unwrap();
+            // Greeting and events come in between.
+            let answer = answers.find_map(|line| {
+                let said: Value = serde_json::from_str(&line.unwrap()).unwrap();
+                (said.get("return").is_some() || said.get("error").is_some()).then_some(said)
+            });
+            let answer = answer.expect("the monitor answers");
+            assert!(answer.get("error").is_none(), "{request}: {answer}");
+        }
     }
 
     /// Has the guest's shell run `words`; its exit code and what it printed.

@@ -10,7 +10,7 @@ use crate::sender::{Action, CaptureReport, Event, Request, Sender, SenderConfig}
 use crate::wire::{HealNeed, Message, OfferHashes, OfferedLeaf, PROTOCOL_VERSION, Welcome};
 use crate::{
     ByteRange, ChainId, Change, ChangeKind, DiskGeometry, DiskId, DiskIdentity, Epoch, Generation, HealId, InstanceId,
-    LeafKey, MachineId, PointTime, SequenceNumber, SourceTime, StreamHash,
+    LeafKey, MachineId, PointTime, Ranges, SequenceNumber, SourceTime, StreamHash,
 };
 
 /// Bytes of the one disk.
@@ -57,6 +57,15 @@ struct Owner<'a> {
     heal: HealId,
     offer: u32,
     any: bool,
+    /// A second disk, which comes and goes while the first one is captured.
+    second: Second,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Second {
+    Absent,
+    Here,
+    Leaving,
 }
 
 fn disk() -> DiskGeometry {
@@ -111,6 +120,7 @@ impl Owner<'_> {
             heal: HealId(0),
             offer: 0,
             any: false,
+            second: Second::Absent,
         };
         let mut events = 0;
         while !owner.script.is_over() && events < EVENTS_MAX {
@@ -174,8 +184,11 @@ impl Owner<'_> {
                 return said.into_iter().for_each(|message| self.receive(message));
             }
             22 => {
-                let held = self.script.u8() & 1 == 1;
-                return self.sender.hold(held);
+                let what = self.script.u8();
+                if what >= 128 {
+                    return self.change_disks();
+                }
+                return self.sender.hold(what & 1 == 1);
             }
             _ => {
                 // The capture is looked at after every round of taking from the ring, and before anything is sent.
@@ -187,6 +200,29 @@ impl Owner<'_> {
             }
         };
         self.feed(event, true);
+    }
+
+    /// The second disk comes, leaves, or is forgotten once nothing of it is under way. Each ends the link.
+    fn change_disks(&mut self) {
+        let geometry = DiskGeometry { disk: DiskId(1), ..disk() };
+        let event = match self.second {
+            Second::Absent => {
+                let ranges = Ranges::of(geometry.range().map(|range| (DiskId(1), range)));
+                self.second = Second::Here;
+                Event::Joined { geometry, ranges, cause: "the disk was added".into(), producer: self.producer }
+            }
+            Second::Here => {
+                self.second = Second::Leaving;
+                Event::Leaving { geometry, cause: "the disk vanished".into() }
+            }
+            Second::Leaving if self.sender.left_disks() == [DiskId(1)] => {
+                self.second = Second::Absent;
+                Event::Gone(DiskId(1))
+            }
+            Second::Leaving => return,
+        };
+        self.feed(event, true);
+        self.link_down();
     }
 
     fn link_down(&mut self) {
@@ -381,11 +417,13 @@ impl Owner<'_> {
             Message::Changes(changes) => changes.iter().for_each(|change| self.went_out(change)),
             Message::HealBegin { heal, p0, .. } => {
                 assert!(self.starts.contains(&(heal, p0)), "heal {} began before its start went out", heal.0);
+                assert!(self.second != Second::Leaving, "a heal would close the gap of the disk that leaves");
                 (self.heal, self.offer) = (heal, 0);
             }
             Message::Offer { offer, .. } | Message::OfferGranules { offer, .. } => self.offer = offer,
             Message::HealData { disk, range, .. } => {
-                assert!(disk == DiskId(0) && range.end() <= DISK_BYTES, "heal data of {range}");
+                assert!(disk <= DiskId(1) && range.end() <= DISK_BYTES, "heal data of {range}");
+                assert!(disk == DiskId(0) || self.second == Second::Here, "a disk that is not there is healed");
             }
             Message::HealEnd { end, .. } => assert_eq!(Some(end), self.sent, "a heal ends at the newest change"),
             Message::Break { at, .. } => assert!(self.sent.is_none_or(|sent| sent <= at), "a break at {at} came late"),

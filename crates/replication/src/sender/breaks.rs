@@ -58,6 +58,7 @@ impl Sender {
         if of_machine && matches!(self.stream, StreamState::Whole) {
             self.stream = StreamState::Broken { at: self.assigned, cause: "the heal was interrupted".into() };
         }
+        self.want_no_needless_heal();
     }
 
     /// Forgets what was not journaled: the maps name it.
@@ -70,6 +71,7 @@ impl Sender {
         self.closing = ClosingEpoch::None;
         // The maps name these ranges, too.
         self.lacking.clear();
+        self.lose_leaving();
         self.inherited = None;
         self.break_stream(cause.into());
         // What the ring still holds belongs to the lost stream too; the coming rotation's epoch is the new start.

@@ -108,7 +108,6 @@ pub struct CaptureReport {
 /// What happened.
 #[derive(Debug)]
 #[allow(missing_docs)]
-#[expect(clippy::large_enum_variant, reason = "lives for a moment; a box would cost an allocation a message")]
 pub enum Event {
     /// A link to the receiver stands; nothing was sent on it yet. `disks` are those of now.
     LinkUp {
@@ -152,6 +151,21 @@ pub enum Event {
     },
     /// Answer to [`Action::SampleProducer`].
     Producer(u64),
+    /// A disk was added, or has grown to what `geometry` says: from `producer` on, what is written to `ranges` is in the ring.
+    /// The owner ends the link: the next greeting announces the disk.
+    Joined {
+        geometry: DiskGeometry,
+        ranges: Ranges,
+        cause: String,
+        producer: u64,
+    },
+    /// A disk is not captured any more. It stays announced until [`super::Sender::left_disks`] names it.
+    Leaving {
+        geometry: DiskGeometry,
+        cause: String,
+    },
+    /// A disk that left is not announced any more. The owner ends the link.
+    Gone(DiskId),
 }
 
 /// What to do.

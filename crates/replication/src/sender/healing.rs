@@ -22,7 +22,7 @@ impl Sender {
             // A stream that is whole goes on: writes of older epochs keep their place in it, above p0 if need be. None
             // of them lies in the ranges of this heal, or it lies below what was consumed.
             if matches!(self.stream, StreamState::Whole) {
-                self.reach = Reach::Ranges(self.lacking.ranges());
+                self.reach = Reach::Ranges(self.lacking.for_heal());
             } else {
                 self.reach = Reach::Machine;
                 self.drop_older_than = epoch;
@@ -111,7 +111,7 @@ impl Sender {
             self.whole_needed = false;
             self.steady_from = self.steady_from.max(end);
             self.lacking.healed(self.p0);
-            if !self.lacking.is_empty() {
+            if self.lacking.wants_heal() {
                 // The heal set may name what failed since: it is kept for the heal that follows, after a pause, since
                 // what keeps failing would keep being healed.
                 self.heal = Heal::Wanted;

@@ -1,7 +1,7 @@
 //! Ranges that the stream lacks while it is whole for everything else: a disk that joins, an area that was grown into, a
 //! write that failed. Each is told to the receiver in its place and forgotten when a heal with a later `p0` is committed.
 
-use crate::position::SequenceNumber;
+use crate::position::{DiskId, SequenceNumber};
 use crate::reach::{Ranges, Reach};
 use crate::wire::Message;
 
@@ -16,6 +16,8 @@ struct RangeBreak {
     cause: String,
     /// The receiver of this link was told.
     told: bool,
+    /// The disk leaves: no heal could end this, its removal does.
+    leaving: bool,
 }
 
 /// The open breaks of ranges, in the order of their positions.
@@ -27,6 +29,16 @@ pub(super) struct Lacking {
 impl Lacking {
     pub(super) fn is_empty(&self) -> bool {
         self.breaks.is_empty()
+    }
+
+    /// Whether anything waits for a heal.
+    pub(super) fn wants_heal(&self) -> bool {
+        self.breaks.iter().any(|known| !known.leaving)
+    }
+
+    /// What a heal has to cover.
+    pub(super) fn for_heal(&self) -> Ranges {
+        Ranges::of(self.breaks.iter().filter(|known| !known.leaving).flat_map(|known| known.ranges.iter()))
     }
 
     /// Everything that is lacked.
@@ -43,8 +55,22 @@ impl Lacking {
         if self.breaks.len() >= BREAKS_MAX {
             return false;
         }
-        self.breaks.push(RangeBreak { at, ranges, cause: cause.to_owned(), told: false });
+        self.breaks.push(RangeBreak { at, ranges, cause: cause.to_owned(), told: false, leaving: false });
         true
+    }
+
+    /// Notes that `ranges`, all of a disk, are lacking behind `at` until the disk is forgotten. Nobody heals it any more.
+    pub(super) fn leave(&mut self, at: SequenceNumber, disk: DiskId, ranges: Ranges, cause: &str) {
+        self.forget(disk);
+        self.breaks.push(RangeBreak { at, ranges, cause: cause.to_owned(), told: false, leaving: true });
+    }
+
+    /// The disk is not announced any more: nothing of it is missed.
+    pub(super) fn forget(&mut self, disk: DiskId) {
+        for known in &mut self.breaks {
+            known.ranges = Ranges::of(known.ranges.iter().filter(|(of, _)| *of != disk));
+        }
+        self.breaks.retain(|known| !known.ranges.is_empty());
     }
 
     /// The position of the first break that the receiver was not told of.
@@ -67,7 +93,7 @@ impl Lacking {
 
     /// A heal with this `p0` is committed.
     pub(super) fn healed(&mut self, p0: SequenceNumber) {
-        self.breaks.retain(|known| known.at >= p0);
+        self.breaks.retain(|known| known.at >= p0 || known.leaving);
     }
 
     /// The whole machine is to be healed from a stream that begins anew.

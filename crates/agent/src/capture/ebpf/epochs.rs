@@ -13,10 +13,11 @@ impl EbpfCapture {
         self.sum(Cpu::UNSTREAMED + 8 * slot)
     }
 
-    pub(super) fn map(&self, map: usize, disk: usize) -> DirtyMap<'_> {
-        let size = self.disks[disk].geometry.size_bytes;
-        let start = map * self.shape.map_cells as usize + self.disks[disk].first_cell;
-        DirtyMap::new(self.installed.dirty.cells(start..start + self.scale.cells(size)), self.scale, size)
+    pub(super) fn map(&self, map: usize, slot: usize) -> DirtyMap<'_> {
+        let place = &self.disks[&slot].place;
+        let start = map * self.shape.map_cells as usize + place.first_cell as usize;
+        let cells = self.installed.dirty.cells(start..start + place.cells() as usize);
+        DirtyMap::new(cells, place.scale(), place.bytes)
     }
 
     pub(super) fn occupants(&self) -> impl Iterator<Item = (usize, Epoch)> + '_ {
@@ -32,7 +33,7 @@ impl EbpfCapture {
 
     /// Moves everything that `slot` names into the heal set and frees it. Nobody marks in it any more.
     pub(super) fn fold_slot(&self, slot: usize) {
-        for disk in 0..self.disks.len() {
+        for &disk in self.disks.keys() {
             for map in [uncommitted(slot), unstreamed(slot)] {
                 self.map(0, disk).merge(self.map(map, disk));
             }
@@ -46,7 +47,7 @@ impl EbpfCapture {
     }
 
     pub(super) fn empty_slot(&self, slot: usize) {
-        for disk in 0..self.disks.len() {
+        for &disk in self.disks.keys() {
             self.map(uncommitted(slot), disk).clear();
             self.map(unstreamed(slot), disk).clear();
             self.whole_flag(slot, disk).store(0, Ordering::SeqCst);

@@ -13,6 +13,7 @@ use memmap2::{MmapOptions, MmapRaw};
 pub(super) const PAGE_BYTES: usize = 4096;
 
 const BPF_MAP_UPDATE_ELEM: libc::c_long = 2;
+const BPF_MAP_DELETE_ELEM: libc::c_long = 3;
 const BPF_OBJ_PIN: libc::c_long = 6;
 const BPF_OBJ_GET: libc::c_long = 7;
 const BPF_PROG_TEST_RUN: libc::c_long = 10;
@@ -68,6 +69,17 @@ pub(super) fn update(map: BorrowedFd<'_>, key: u64, value: &[u8]) -> io::Result<
     attributes[1] = std::ptr::from_ref(&key) as u64;
     attributes[2] = value.as_ptr() as u64;
     bpf(BPF_MAP_UPDATE_ELEM, &mut attributes).map(|_| ())
+}
+
+/// Removes an element of a hash map whose keys have 8 bytes; one that is not there is removed already.
+pub(super) fn delete(map: BorrowedFd<'_>, key: u64) -> io::Result<()> {
+    let mut attributes = [0; ATTRIBUTE_WORDS];
+    attributes[0] = pair(number(map), 0);
+    attributes[1] = std::ptr::from_ref(&key) as u64;
+    match bpf(BPF_MAP_DELETE_ELEM, &mut attributes) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
 }
 
 /// Runs a raw tracepoint program once, now; what it returned.

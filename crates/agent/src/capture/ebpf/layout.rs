@@ -2,8 +2,10 @@
 
 use std::mem::offset_of;
 
+use super::places::Place;
+
 /// Version of everything below; pins of another version are not adopted.
-pub(super) const VERSION: u64 = 2;
+pub(super) const VERSION: u64 = 3;
 /// Epoch `e` marks in slot `e % SLOTS`.
 pub(super) const SLOTS: usize = 3;
 /// Protected disks at most.
@@ -35,14 +37,35 @@ pub(super) struct Target {
     pub(super) end: u64,
     pub(super) first_cell: u64,
     pub(super) disk: u32,
-    pub(super) reserved: u32,
+    /// Bytes of disk that one cell stands for.
+    pub(super) granule_shift: u16,
+    /// [`TARGET_JOINS`], [`TARGET_LEFT`].
+    pub(super) flags: u16,
 }
 
+/// It was added or has grown a moment ago: what ends without having been seen at its beginning breaks no stream.
+pub(super) const TARGET_JOINS: u16 = 1;
+/// It is not protected any more, and stays until the flights that were noted have ended.
+pub(super) const TARGET_LEFT: u16 = 2;
+
 impl Target {
+    /// What the programs have to know of the disk in `slot`.
+    pub(super) fn of(slot: usize, place: &Place, flags: u16) -> Target {
+        Target {
+            start: place.start_sector,
+            end: place.end_sector(),
+            first_cell: place.first_cell,
+            disk: slot as u32,
+            granule_shift: place.granule_shift as u16,
+            flags,
+        }
+    }
+
     /// The bytes that the kernel takes.
     pub(super) fn bytes(&self) -> [u8; size_of::<Target>()] {
         let mut out = [0; size_of::<Target>()];
-        for (index, word) in [self.start, self.end, self.first_cell, u64::from(self.disk)].into_iter().enumerate() {
+        let last = u64::from(self.disk) | u64::from(self.granule_shift) << 32 | u64::from(self.flags) << 48;
+        for (index, word) in [self.start, self.end, self.first_cell, last].into_iter().enumerate() {
             out[index * 8..index * 8 + 8].copy_from_slice(&word.to_ne_bytes());
         }
         out
@@ -67,7 +90,7 @@ pub(super) struct Control {
     pages: u64,
     direct_map: u64,
     map_cells: u64,
-    granule_shift: u32,
+    unused: u32,
     broken: u32,
     calibrate_tgid: u32,
     calibrate_fd: u32,
@@ -85,7 +108,6 @@ pub(super) struct Control {
 impl Control {
     pub(super) const WORD: usize = offset_of!(Control, word);
     pub(super) const MAP_CELLS: usize = offset_of!(Control, map_cells);
-    pub(super) const GRANULE_SHIFT: usize = offset_of!(Control, granule_shift);
     pub(super) const BROKEN: usize = offset_of!(Control, broken);
     pub(super) const CALIBRATE_TGID: usize = offset_of!(Control, calibrate_tgid);
     pub(super) const CALIBRATE_FD: usize = offset_of!(Control, calibrate_fd);

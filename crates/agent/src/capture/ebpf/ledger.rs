@@ -8,8 +8,9 @@ use std::sync::atomic::{Ordering, fence};
 use replication::sender::Resumption;
 use replication::{ChainId, Epoch, Generation, SequenceNumber, StreamHash};
 
-use super::kernel::Area;
+use super::kernel::{Area, PAGE_BYTES};
 use super::layout::{self, SLOTS};
+use super::places::{PLACE_WORDS, Place};
 use super::{Refusal, Shape};
 
 const MAGIC: u64 = u64::from_le_bytes(*b"FARSEBPF");
@@ -26,6 +27,9 @@ const SHAPE_AT: usize = 10;
 const SELECTOR_AT: usize = 16;
 const KEPT_AT: [usize; 2] = [20, 40];
 const MARKS_AT: usize = 60;
+const PLACES_AT: usize = 64;
+
+const _: () = assert!(8 * (PLACES_AT + layout::DISKS_MAX * PLACE_WORDS) <= PAGE_BYTES);
 
 /// The page.
 pub(super) struct Ledger(Area);
@@ -50,7 +54,6 @@ impl Ledger {
             digest: [self.get(SHAPE_AT), self.get(SHAPE_AT + 1)],
             ring_bytes: self.get(SHAPE_AT + 2),
             map_cells: self.get(SHAPE_AT + 3),
-            granule_shift: self.get(SHAPE_AT + 4) as u32,
         })
     }
 
@@ -60,7 +63,6 @@ impl Ledger {
         self.set(SHAPE_AT + 1, shape.digest[1]);
         self.set(SHAPE_AT + 2, shape.ring_bytes);
         self.set(SHAPE_AT + 3, shape.map_cells);
-        self.set(SHAPE_AT + 4, u64::from(shape.granule_shift));
         self.set(VERSION_AT, layout::VERSION);
         self.set(MAGIC_AT, MAGIC);
         self.set(READY_AT, 1);
@@ -98,6 +100,21 @@ impl Ledger {
     /// Sets them.
     pub(super) fn set_whole(&self, disks: u64) {
         self.set(WHOLE_AT, disks);
+    }
+
+    /// Whose a slot of the kernel programs is; none if it never was anybody's.
+    pub(super) fn place(&self, slot: usize) -> Option<Place> {
+        let at = PLACES_AT + slot * PLACE_WORDS;
+        Place::decode(std::array::from_fn(|word| self.get(at + word)))
+    }
+
+    /// Records it. The word that says whose it is comes last.
+    pub(super) fn set_place(&self, slot: usize, place: &Place) {
+        assert!(slot < layout::DISKS_MAX, "a slot of the programs");
+        let at = PLACES_AT + slot * PLACE_WORDS;
+        for (word, value) in place.encode().into_iter().enumerate().rev() {
+            self.set(at + word, value);
+        }
     }
 
     /// The break that the predecessor knew of.

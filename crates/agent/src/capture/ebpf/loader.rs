@@ -21,9 +21,10 @@ use aya::programs::{BtfTracePoint, RawTracePoint};
 use aya::{Btf, Ebpf, EbpfLoader};
 
 use super::kernel::{self, Area, KernelRing, PAGE_BYTES};
-use super::layout::{Control, Cpu, Target, targets_bytes};
+use super::layout::{Control, Cpu, PARTS_MAX, Target, targets_bytes};
 use super::ledger::Ledger;
 use super::pins;
+use super::places::Place;
 use super::types;
 use super::{OpenEbpfError, Shape, Variant};
 
@@ -58,6 +59,7 @@ pub(super) struct Installed {
     pub(super) cpu_count: usize,
     pub(super) dirty: Area,
     pub(super) ledger: Ledger,
+    pub(super) targets: OwnedFd,
     pub(super) marker: OwnedFd,
     pub(super) watched: Vec<OwnedFd>,
 }
@@ -87,17 +89,33 @@ impl Installed {
         lost()
     }
 
+    /// Tells the programs which parts of the whole disk `device` are protected: all of `parts`, none others. On return no
+    /// program runs that was told otherwise.
+    pub(super) fn aim(&self, device: u64, parts: &[Target]) -> io::Result<()> {
+        assert!(parts.len() <= PARTS_MAX, "checked before");
+        match parts {
+            [] => kernel::delete(self.targets.as_fd(), device)?,
+            parts => kernel::update(self.targets.as_fd(), device, &targets_bytes(parts))?,
+        }
+        // The kernel gives memory of the old entry to the next one at once: programs must have let go of it.
+        kernel::wait_for_programs()
+    }
+
     /// Appends the marker that the control page describes. `false`: no room, or nothing streams.
     pub(super) fn emit_marker(&self) -> io::Result<bool> {
         kernel::run(self.marker.as_fd()).map(|taken| taken == 1)
     }
 }
 
-/// Finds what a predecessor pinned in `directory`, if it fits; otherwise removes it.
+/// Finds what a predecessor pinned in `directory`, if it is of this machine and has a ring of this size; otherwise removes it.
 ///
 /// # Errors
 /// It is there and fits, but cannot be opened.
-pub(super) fn adopt(directory: &Path, shape: &Shape) -> Result<Option<Installed>, OpenEbpfError> {
+pub(super) fn adopt(
+    directory: &Path,
+    digest: [u64; 2],
+    ring_bytes: u64,
+) -> Result<Option<(Installed, Shape)>, OpenEbpfError> {
     let pinned = |error| OpenEbpfError::Pins { path: directory.to_owned(), source: error };
     if !directory.exists() {
         return Ok(None);
@@ -106,12 +124,12 @@ pub(super) fn adopt(directory: &Path, shape: &Shape) -> Result<Option<Installed>
         .and_then(|map| Area::of(map.as_fd(), PAGE_BYTES))
         .map(|area| Ledger::new(area).shape())
         .unwrap_or_default();
-    if known.as_ref() != Some(shape) {
+    let Some(shape) = known.filter(|known| known.digest == digest && known.ring_bytes == ring_bytes) else {
         tracing::info!(path = %directory.display(), "what was captured before does not fit and is taken down");
         pins::empty(directory).map_err(pinned)?;
         return Ok(None);
-    }
-    open(directory, shape).map(Some).map_err(pinned)
+    };
+    Ok(Some((open(directory, &shape).map_err(pinned)?, shape)))
 }
 
 fn open(directory: &Path, shape: &Shape) -> io::Result<Installed> {
@@ -124,6 +142,7 @@ fn open(directory: &Path, shape: &Shape) -> io::Result<Installed> {
         cpu_count,
         dirty: Area::of(map("dirty")?.as_fd(), shape.dirty_bytes())?,
         ledger: Ledger::new(Area::of(map("ledger")?.as_fd(), PAGE_BYTES)?),
+        targets: map("targets")?,
         marker: map(MARKER)?,
         watched: WATCHED.into_iter().map(map).collect::<io::Result<_>>()?,
     })
@@ -133,7 +152,7 @@ fn open(directory: &Path, shape: &Shape) -> io::Result<Installed> {
 pub(super) fn install(
     directory: &Path,
     shape: &Shape,
-    targets: &[(u64, Target)],
+    places: &[Place],
     variants: &[Variant],
     object: &Object<'_>,
 ) -> Result<Installed, OpenEbpfError> {
@@ -149,7 +168,7 @@ pub(super) fn install(
         match programs(&mut ebpf, &btf, *variant) {
             Ok(()) => {
                 let installed = pin_and_open(&ebpf, directory, shape, *variant).map_err(pinned)?;
-                prepare(&installed, shape, &mut ebpf, targets)?;
+                prepare(&installed, shape, &mut ebpf, places)?;
                 attach(&mut ebpf, directory, *variant)?;
                 installed.ledger.found(shape);
                 tracing::info!(?variant, path = %directory.display(), "capture programs attached");
@@ -250,15 +269,9 @@ fn pin_and_open(ebpf: &Ebpf, directory: &Path, shape: &Shape, variant: Variant) 
 }
 
 /// Tells the programs where memory is and which disks are ours.
-fn prepare(
-    installed: &Installed,
-    shape: &Shape,
-    ebpf: &mut Ebpf,
-    targets: &[(u64, Target)],
-) -> Result<(), OpenEbpfError> {
+fn prepare(installed: &Installed, shape: &Shape, ebpf: &mut Ebpf, places: &[Place]) -> Result<(), OpenEbpfError> {
     let control = &installed.control;
     control.word(Control::MAP_CELLS).store(shape.map_cells, Ordering::SeqCst);
-    control.half(Control::GRANULE_SHIFT).store(shape.granule_shift, Ordering::SeqCst);
     let program = raw(ebpf, "calibrate").map_err(OpenEbpfError::Refused)?;
     let link = program.attach("sys_enter").map_err(|error| OpenEbpfError::Refused(chain(&error)))?;
     let calibrated = calibrate(control);
@@ -267,13 +280,14 @@ fn prepare(
     // Epoch 1, marking only, until the engine rotates.
     installed.ledger.occupy(1, Some(replication::Epoch(1)));
     control.word(Control::WORD).store(super::opening_word(), Ordering::SeqCst);
-    let Some(Map::HashMap(map)) = ebpf.map("targets") else {
-        return Err(OpenEbpfError::Refused("the object lacks a map".to_owned()));
-    };
-    let devices: BTreeSet<u64> = targets.iter().map(|(device, _)| *device).collect();
+    for (slot, place) in places.iter().enumerate() {
+        installed.ledger.set_place(slot, place);
+    }
+    let devices: BTreeSet<u64> = places.iter().map(|place| place.device).collect();
     for device in devices {
-        let parts: Vec<Target> = targets.iter().filter(|(of, _)| *of == device).map(|(_, target)| *target).collect();
-        kernel::update(map.fd().as_fd(), device, &targets_bytes(&parts)).map_err(OpenEbpfError::System)?;
+        let of_it = places.iter().enumerate().filter(|(_, place)| place.device == device);
+        let parts: Vec<Target> = of_it.map(|(slot, place)| Target::of(slot, place, 0)).collect();
+        installed.aim(device, &parts).map_err(OpenEbpfError::System)?;
     }
     Ok(())
 }

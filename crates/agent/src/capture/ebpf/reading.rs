@@ -6,7 +6,7 @@ use replication::{ChangeKind, DiskId, Epoch, SourceTime};
 
 use super::assemble::Outcome;
 use super::kernel::Found;
-use super::layout::{Cpu, GAP_CAUSES, GAP_COPY, GAP_FULL, Record};
+use super::layout::{Cpu, GAP_CAUSES, GAP_COPY, GAP_FULL, Record, RecordKind};
 use super::{EbpfCapture, Refusal};
 use crate::capture::{Captured, GapCause, RingPosition};
 
@@ -38,6 +38,12 @@ impl EbpfCapture {
         self.refusals.iter().any(|refusal| position >= refusal.from && epoch <= refusal.epoch)
     }
 
+    /// Whether the disk of `record` has left: its writes are in no stream any more.
+    fn is_of_nobody(&self, record: &Record) -> bool {
+        let disk = self.disks.get(&usize::from(record.disk));
+        record.kind != RecordKind::Marker && disk.is_none_or(|disk| disk.leaving.is_some())
+    }
+
     /// The next record or `None`; skips what nobody wants.
     pub(super) fn next_request(&mut self) -> Option<Captured> {
         loop {
@@ -63,6 +69,10 @@ impl EbpfCapture {
             let parsed = Record::parse(content);
             let outcome = match &parsed {
                 Some(record) if self.is_refused(position, record.epoch) => {
+                    self.assembler.forget(record);
+                    None
+                }
+                Some(record) if self.is_of_nobody(record) => {
                     self.assembler.forget(record);
                     None
                 }
@@ -92,7 +102,7 @@ impl EbpfCapture {
         }
         self.handed = end;
         self.not_before = self.not_before.max(SourceTime(record.time));
-        let disk = self.disks.get(usize::from(record.disk)).map_or(DiskId(0), |disk| disk.geometry.disk);
+        let disk = self.disks.get(&usize::from(record.disk)).map_or(DiskId(0), |disk| disk.geometry.disk);
         Captured { end: RingPosition(end), epoch: Epoch(record.epoch), time: self.not_before, disk, kinds }
     }
 

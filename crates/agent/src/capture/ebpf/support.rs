@@ -6,7 +6,6 @@ use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-use super::EbpfDisk;
 use super::kernel;
 use super::loader::kernel_release;
 
@@ -222,19 +221,19 @@ fn remapping_holder(disk: &Path) -> Option<String> {
 ///
 /// # Errors
 /// The device, and why.
-pub(super) fn check_layers(disks: &[EbpfDisk]) -> Result<(), (PathBuf, String)> {
+pub(super) fn check_layers(disks: &[&Path]) -> Result<(), (PathBuf, String)> {
     let folder = |path: &Path| sys_folder(path).map_err(|why| (path.to_owned(), why));
     let whole = |folder: &Path| match folder.join("partition").exists() {
         true => folder.parent().unwrap_or(folder).to_owned(),
         false => folder.to_owned(),
     };
-    let folders = disks.iter().map(|disk| folder(&disk.path).map(|it| whole(&it))).collect::<Result<Vec<_>, _>>()?;
+    let folders = disks.iter().map(|disk| folder(disk).map(|it| whole(&it))).collect::<Result<Vec<_>, _>>()?;
     for (disk, own) in disks.iter().zip(&folders) {
         let mut below = BTreeSet::new();
         collect_below(own, &mut below);
         if let Some(twin) = disks.iter().zip(&folders).find(|(_, folder)| below.contains(*folder)) {
-            let why = format!("it lies on {}, which is protected too: protect one of them", twin.0.path.display());
-            return Err((disk.path.clone(), why));
+            let why = format!("it lies on {}, which is protected too: protect one of them", twin.0.display());
+            return Err((disk.to_path_buf(), why));
         }
     }
     Ok(())

@@ -11,6 +11,7 @@ use replication::{ChangeKind, DiskIdentity};
 use world::{Entropy, SystemClock, SystemEntropy};
 
 use super::epochs::uncommitted;
+use super::loader::Object;
 use super::*;
 
 const DISK_BYTES: u64 = 64 << 20;
@@ -98,7 +99,19 @@ impl Bench {
             .unwrap_or_else(|error| panic!("{error:?}"))
     }
 
-    fn file(&self) -> File {
+    pub(super) fn device(&self) -> &Path {
+        &self.device
+    }
+
+    pub(super) fn image(&self) -> PathBuf {
+        self.folder.path().join("disk.img")
+    }
+
+    pub(super) fn pins(&self) -> &Path {
+        &self.pins
+    }
+
+    pub(super) fn file(&self) -> File {
         let direct = rustix::fs::OFlags::DIRECT.bits().cast_signed();
         OpenOptions::new().read(true).write(true).custom_flags(direct).open(&self.device).expect("the device opens")
     }
@@ -476,7 +489,7 @@ fn a_partition_is_captured_where_it_lies() {
     whole.write_all_at(block.bytes(), start - 2048).expect("written");
     assert!(capture.next().is_none());
     assert!(capture.status().gap_count > 0);
-    let granule = capture.scale.granule_bytes();
+    let granule = capture.disks[&0].place.scale().granule_bytes();
     assert_eq!(capture.unstreamed(Epoch(0)), [(DiskId(1), ByteRange::new(0, granule))]);
 }
 
