@@ -434,6 +434,33 @@ fn what_a_restart_finds_in_the_journal_has_told_the_time() {
     assert!(cuts.len() >= 3 && cuts.is_sorted_by_key(|cut| cut.time), "{cuts:?}");
 }
 
+/// What a greeting says of disks is in no journal.
+#[test]
+fn a_disk_that_grew_before_a_kill_is_as_large_in_points() {
+    let site = Site::new();
+    let server = site.server("server");
+    let process = server.start();
+    let mut pipeline = process.open(Some(&hello(1, None, HealNeed::Maps))).expect("a new chain");
+    drop(Sending::whole(&process, &mut pipeline));
+    let grown = |resume| {
+        let mut hello = hello(2, resume, HealNeed::Maps);
+        hello.disks[0].size_bytes += 64 << 10;
+        hello
+    };
+    let mut sending = Sending::begun(&process, &mut pipeline, &grown(None));
+    sending.write(None, 2);
+    let (chain, resume) = (pipeline.chain(), sending.resume(&pipeline));
+    drop((pipeline, sending, process));
+
+    let process = server.start();
+    let mut pipeline = process.open(None).expect("opens");
+    let mut sending = Sending::begun(&process, &mut pipeline, &grown(Some(resume)));
+    sending.write(Some(&mut pipeline), 3);
+    settle(&mut pipeline);
+    let disks = site.history(chain).geometry_at(SequenceNumber(u64::MAX));
+    assert_eq!(disks.iter().map(|disk| disk.size_bytes).collect::<Vec<_>>(), [(1 << 20) + (64 << 10)]);
+}
+
 #[test]
 fn what_fails_again_behind_the_start_of_a_heal_is_another_gap() {
     let site = Site::new();

@@ -220,6 +220,36 @@ impl Model {
         partial.states.get(&digest).copied()
     }
 
+    /// The state, of those that are remembered in order, from which `disks` differ in the fewest cells, and these cells. For people
+    /// who look for what went wrong.
+    pub fn nearest(&self, disks: &[(DiskId, Vec<u8>)]) -> Option<(KnownState, Vec<(DiskId, u32)>)> {
+        let mut cells: HashMap<(DiskId, u32), u64> = HashMap::new();
+        for (disk, bytes) in disks.iter().chain(&self.disks) {
+            for (index, cell) in bytes.chunks(CELL).enumerate() {
+                *cells.entry((*disk, index as u32)).or_default() ^= cell_digest(*disk, index, cell);
+            }
+        }
+        let mut differing = cells.values().filter(|difference| **difference != 0).count();
+        let mut best = None;
+        for index in (0..self.steps.len()).rev() {
+            let (state, to) = self.steps[index];
+            if best.as_ref().is_none_or(|(_, fewest, _)| differing < *fewest) {
+                let mut places: Vec<_> =
+                    cells.iter().filter(|(_, difference)| **difference != 0).map(|(cell, _)| *cell).collect();
+                places.sort_unstable();
+                best = Some((state, differing, places));
+            }
+            let from = index.checked_sub(1).map_or(0, |before| self.steps[before].1);
+            for (disk, cell, change) in &self.changed[from..to] {
+                let difference = cells.entry((*disk, *cell)).or_default();
+                differing -= usize::from(*difference != 0);
+                *difference ^= change;
+                differing += usize::from(*difference != 0);
+            }
+        }
+        best.map(|(state, _, cells)| (state, cells))
+    }
+
     /// The digest of the disks now.
     pub fn digest(&self) -> StateDigest {
         self.now

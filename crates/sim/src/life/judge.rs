@@ -120,13 +120,21 @@ impl World {
     fn explain(&mut self, sequence: SequenceNumber) {
         let Ok(Some(history)) = self.history() else { return };
         let Ok(view) = view_of(&self.frames, &history) else { return };
+        for geometry in history.geometry_at(sequence) {
+            eprintln!("{} has {} bytes", geometry.disk, geometry.size_bytes);
+        }
+        let mut held = Vec::new();
         for ((disk, size), now) in self.source.sizes().zip(self.source.snapshot()) {
             let mut bytes = vec![0; size as usize];
             if view.read(sequence, disk, 0, &mut bytes).is_ok() {
                 let differs: Vec<usize> =
                     (0..bytes.len() / 512).filter(|i| bytes[i * 512..][..512] != now[i * 512..][..512]).collect();
-                eprintln!("{disk}: sectors that differ from now: {differs:?}");
+                eprintln!("{disk}, {size} bytes now: sectors that differ from now: {differs:?}");
+                held.push((disk, bytes));
             }
+        }
+        if let Some((state, cells)) = self.source.model.nearest(&held) {
+            eprintln!("nearest to {state:?}, but for the sectors {cells:?}");
         }
         for gap in history.gaps() {
             eprintln!("gap {} .. {:?} {}", gap.after, gap.until.map(|(at, _)| at.to_string()), gap.cause);
