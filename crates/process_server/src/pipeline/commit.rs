@@ -71,19 +71,29 @@ impl Intent {
 impl Pipeline {
     /// Seals what is due and prepares its manifest.
     pub(super) fn take_off(&mut self, now: Monotonic) -> Result<(), PipelineError> {
-        let content = self.cut_off();
-        match self.prepare(&content) {
+        let mut content = self.cut_off();
+        let late = self.hold_back(&mut content);
+        match self.prepare(&content, &late) {
             Ok(prepared) => {
+                self.pending.cuts.splice(0..0, late);
                 let through = prepared_through(&content, self.writer.through());
                 let intent = self.announce(&prepared);
                 self.flying = Some(Flying { prepared, through, content, intent });
                 Ok(())
             }
             Err(error) => {
+                content.cuts.extend(late);
                 self.put_back(content);
                 self.postpone(now, error)
             }
         }
+    }
+
+    /// Takes the cuts from `content` that lie behind the end of a heal whose last image is still to be stored. They are no
+    /// points before that one is, and along a chain cuts stand in order.
+    fn hold_back(&self, content: &mut Pending) -> Vec<Cut> {
+        let Some(end) = self.heal.as_ref().and_then(HealSink::end) else { return Vec::new() };
+        content.cuts.extract_if(.., |cut| cut.sequence > end).collect()
     }
 
     /// Takes from the pending content what one manifest holds: whole requests up to the seal size, and whatever else
@@ -174,11 +184,12 @@ impl Pipeline {
         intent
     }
 
-    fn prepare(&self, content: &Pending) -> Result<PreparedManifest, VaultError> {
+    /// `late` are cuts that a later manifest will name: what is sealed must be exact there.
+    fn prepare(&self, content: &Pending, late: &[Cut]) -> Result<PreparedManifest, VaultError> {
         let mut builder: ManifestBuilder = self.writer.begin();
         let mut layers = Vec::new();
         if !content.changes.is_empty() {
-            layers.extend(self.seal(content, &mut builder.object)?);
+            layers.extend(self.seal(content, late, &mut builder.object)?);
         }
         layers.extend(content.images.iter().cloned());
         layers.extend(self.merge()?);
@@ -200,8 +211,13 @@ impl Pipeline {
         self.writer.prepare(builder, delta, CheckpointWish::WhenDue)
     }
 
-    fn seal(&self, content: &Pending, manifest: &mut ObjectBuilder<'static>) -> Result<Option<LayerRef>, VaultError> {
-        let mut barriers: Vec<SequenceNumber> = content.cuts.iter().map(|cut| cut.sequence).collect();
+    fn seal(
+        &self,
+        content: &Pending,
+        late: &[Cut],
+        manifest: &mut ObjectBuilder<'static>,
+    ) -> Result<Option<LayerRef>, VaultError> {
+        let mut barriers: Vec<SequenceNumber> = content.cuts.iter().chain(late).map(|cut| cut.sequence).collect();
         barriers.extend(content.gaps_opened.iter().map(|gap| gap.after));
         barriers.extend(
             content
