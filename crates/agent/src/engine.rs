@@ -171,6 +171,13 @@ impl<C: Capture> Engine<C> {
             // Not reached with a capture that was just opened; then everything is healed by maps.
             None => return Engine::new(capture, config, clock, None, mark),
         }
+        // What a disk lacked that is not protected any more, or where it ends now, nobody can read.
+        let disks = capture.disks();
+        let still_there = |(id, range): (DiskId, ByteRange)| {
+            let disk = disks.iter().find(|disk| disk.disk == id)?;
+            Some((id, ByteRange::between(range.start, range.end().min(disk.size_bytes))?))
+        };
+        let kept = KeptStream { lacking: Ranges::of(kept.lacking.iter().filter_map(still_there)), ..kept };
         let sender = Sender::resume(config, capture.status().gap_count, mark.load(), kept, joining);
         Engine::around(capture, sender, clock, None, mark)
     }

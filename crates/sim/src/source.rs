@@ -1,6 +1,6 @@
 //! A protected machine: disks, a workload that writes to them through the splitter, the real agent engine, and the model
-//! that watches. It can be killed, power-cut, reverted and cloned. Its agent can end in order, and disks be added, grown
-//! or used meanwhile: the next agent goes on with the stream, as `farshore-agent` does.
+//! that watches. It can be killed, power-cut, reverted and cloned. Its agent can end in order, and disks be added,
+//! removed, grown or used meanwhile: the next agent goes on with the stream, as `farshore-agent` does.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -81,6 +81,8 @@ pub enum Maintenance {
     Grow,
     /// One of them is written to.
     Use,
+    /// The last one is not protected any more. The next that is added is that one again.
+    Remove,
 }
 
 /// An agent that ends in order: its disks are out of service, and what is in its ring still goes out.
@@ -137,6 +139,8 @@ pub struct Source {
     kept: Option<(Epoch, KeptStream)>,
     /// Everything that a point may ever have lacked by itself.
     may_lack: Ranges,
+    /// A disk of the machine that is not protected any more.
+    retired: Option<(DiskGeometry, SimDisk)>,
     time: TrueTime,
     rng: Rng,
     bug: Option<Bug>,
@@ -179,6 +183,7 @@ impl Source {
             written_last: (DiskId(0), 0, 512),
             kept: None,
             may_lack: Ranges::default(),
+            retired: None,
             time: time.clone(),
             rng,
             bug,
@@ -267,6 +272,17 @@ impl Source {
     fn maintain(&mut self, what: Maintenance) {
         match what {
             Maintenance::Nothing => return,
+            Maintenance::Remove => self.retired = self.disks.pop(),
+            Maintenance::Add if self.retired.is_some() => {
+                let (known, disk) = self.retired.take().expect("it was just there");
+                // Nobody watched.
+                for _ in 0..self.rng.below(3) {
+                    self.scribble(&disk);
+                }
+                disk.flush().expect("the disk is whole");
+                self.may_lack(known.disk, ByteRange::new(0, known.size_bytes));
+                self.disks.push((known, disk));
+            }
             Maintenance::Add => {
                 let disk = SimDisk::new(0);
                 disk.resize(ADDED_BYTES, &mut self.rng);
@@ -302,6 +318,7 @@ impl Source {
         match what {
             Maintenance::Nothing | Maintenance::Use => true,
             Maintenance::Add => self.disks.len() < DISKS_MAX,
+            Maintenance::Remove => self.disks.len() > self.shape.disk_bytes.len(),
             Maintenance::Grow => self.disks.get(1).is_some_and(|(known, _)| known.size_bytes < GROWN_BYTES_MAX),
         }
     }
@@ -384,6 +401,7 @@ impl Source {
     /// returned, to be written over.
     pub fn leave(&mut self) -> Vec<(DiskId, SimDisk)> {
         self.power_cut();
+        self.disks.extend(self.retired.take());
         let disks: Vec<_> = self.disks.iter().map(|(geometry, disk)| (geometry.disk, disk.clone())).collect();
         for _ in 0..self.rng.below(12) {
             let index = self.rng.below(disks.len() as u64) as usize;
@@ -595,6 +613,12 @@ impl Source {
     /// The disks and their sizes.
     pub fn sizes(&self) -> impl Iterator<Item = (DiskId, u64)> {
         self.disks.iter().map(|(geometry, _)| (geometry.disk, geometry.size_bytes))
+    }
+
+    /// Size of a disk of the machine, protected or not any more.
+    pub fn size_of(&self, disk: DiskId) -> Option<u64> {
+        let mut known = self.disks.iter().chain(&self.retired);
+        known.find(|(known, _)| known.disk == disk).map(|(known, _)| known.size_bytes)
     }
 
     /// Ends the agent in order, as a clean shutdown does.

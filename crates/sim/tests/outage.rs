@@ -16,7 +16,7 @@ use sim::model::digest;
 use sim::planted::{Bug, IN_OUTAGES};
 use sim::rng::{Rng, SimEntropy};
 use sim::server::{JOURNAL_BYTES, MEMORY_BYTES, SEAL_BYTES, SimServer, WINDOW_BYTES};
-use sim::source::{Source, SourceShape};
+use sim::source::{Maintenance, Source, SourceShape};
 use vault::catalog::Catalog;
 use vault::keys::{PassphraseCost, WriterRole};
 use vault::points::Which;
@@ -313,6 +313,36 @@ fn sent_by_a_comparison(unreadable: bool, bug: Option<Bug>) -> u64 {
     place.wait_for("the vault is current again", Place::is_current);
     place.judge();
     place.status().heal.sent_bytes
+}
+
+/// What a stream lacked that goes on, of a disk that is not there any more, is not looked for.
+#[test]
+fn a_disk_that_is_removed_before_its_heal_has_ended_is_not_read() {
+    let mut place = Place::new(11, small(), None);
+    place.server.start();
+    place.source.start_agent();
+    place.wait_for("it is protected", Place::is_current);
+    let restart = |place: &mut Place, meanwhile| {
+        assert!(place.source.stop_in_order(5 * SECOND, meanwhile));
+        while place.source.is_running() {
+            place.tick(0);
+        }
+        let ended = place.source.take_ended().expect("it ended");
+        place.source.start_agent();
+        ended.kept.expect("the stream goes on")
+    };
+    assert!(restart(&mut place, Maintenance::Add).is_empty());
+    // Nothing is committed, so the heal of the new disk does not end.
+    place.away(true, false);
+    place.ticks(5 * SECOND, 0);
+    assert!(!restart(&mut place, Maintenance::Remove).is_empty(), "the disk that is taken away is still lacking");
+    place.away(false, false);
+    place.ticks(5 * SECOND, 1);
+    place.wait_for("the vault is current again", Place::is_current);
+    let history = place.history().expect("a chain");
+    let disks = history.geometry_at(SequenceNumber(u64::MAX));
+    assert_eq!(disks.len(), small().disk_bytes.len(), "{disks:?}");
+    place.judge();
 }
 
 #[test]

@@ -164,13 +164,10 @@ impl World {
         let named = match &gap.scope {
             GapScope::Machine => return Ok(()),
             GapScope::Ranges(ranges) => Ranges::of(ranges.iter().copied()),
-            GapScope::Disks(disks) => {
-                let size = |disk| self.source.sizes().find(|(id, _)| *id == disk).map(|(_, size)| size);
-                Ranges::of(disks.iter().map(|disk| {
-                    let whole = size(*disk).map_or(WHOLE_DISK, |size| replication::ByteRange::new(0, size));
-                    (*disk, whole)
-                }))
-            }
+            GapScope::Disks(disks) => Ranges::of(disks.iter().map(|disk| {
+                let whole = self.source.size_of(*disk).map_or(WHOLE_DISK, |size| replication::ByteRange::new(0, size));
+                (*disk, whole)
+            })),
         };
         match self.source.has_reason_to_lack(&named) {
             true => Ok(()),
