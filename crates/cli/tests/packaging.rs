@@ -16,7 +16,7 @@ fn unit() -> PathBuf {
 fn the_unit_starts_commands_that_exist() {
     let text = std::fs::read_to_string(unit()).expect("the unit");
     let commands: Vec<&str> = text.lines().filter(|line| line.starts_with("Exec")).collect();
-    assert_eq!(commands.len(), 2, "{commands:?}");
+    assert_eq!(commands.len(), 3, "start, reload, and what follows a stop: {commands:?}");
     for line in commands {
         let (_, command) = line.split_once('=').expect("a command");
         let mut words = command.trim_start_matches('-').split(' ');
