@@ -7,6 +7,8 @@ mod loops;
 #[path = "site/process.rs"]
 mod process;
 mod site;
+#[path = "site/waits.rs"]
+mod waits;
 
 use std::fs::{File, OpenOptions};
 use std::io::Write;
@@ -25,14 +27,13 @@ use agent::service::control::{Answer, Request, ask};
 use agent::service::problem::Problem;
 use agent::service::{Service, ServiceOptions};
 use agent::state::StateDir;
-use agent::status::{AgentStatus, ProtectionState};
 use loops::{Loop, output_of, skip, succeeds};
 use process::Agent;
 use replication::{Change, ChangeKind, DiskId, MarkerKind};
 use site::Server;
+use waits::{status_of, wait_for, wait_protected};
 use world::SystemClock;
 
-const SOON: Duration = Duration::from_secs(60);
 const DISK_BYTES: u64 = 192 << 20;
 struct Machine {
     config: AgentConfig,
@@ -73,10 +74,7 @@ impl Machine {
     /// Starts the agent as a process of its own, by a program that starts others.
     fn spawn_by(&self, starter: &[String]) -> Agent {
         let agent = Agent::spawn(&self.config, &self.folder, starter);
-        wait_protected(|| match ask(&self.config.control_socket(), &Request::Status) {
-            Ok(Answer::Status(status)) => Some(*status),
-            _ => None,
-        });
+        wait_protected(|| status_of(&self.config));
         agent
     }
 
@@ -119,18 +117,6 @@ impl Drop for Machine {
 #[test]
 fn an_agent_of_its_own() {
     process::be_one();
-}
-
-fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
-    let since = Instant::now();
-    while !done() {
-        assert!(since.elapsed() < SOON, "waited in vain until {what}");
-        thread::sleep(Duration::from_millis(5));
-    }
-}
-
-fn wait_protected(status: impl Fn() -> Option<AgentStatus>) {
-    wait_for("the machine is protected", || status().is_some_and(|now| now.state == ProtectionState::Protected));
 }
 
 /// From now on the server keeps the order of changes; the disk as it is there now.

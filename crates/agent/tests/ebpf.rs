@@ -7,6 +7,8 @@ mod loops;
 #[path = "site/process.rs"]
 mod process;
 mod site;
+#[path = "site/waits.rs"]
+mod waits;
 
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
@@ -28,9 +30,9 @@ use process::Agent;
 use replication::wire::HealNeed;
 use replication::{Change, ChangeKind, DiskId};
 use site::Server;
+use waits::{settle, status_of, wait_for, wait_protected};
 use world::{Access, BlockDevice, Entropy, FileDevice, SystemClock, SystemEntropy};
 
-const SOON: Duration = Duration::from_secs(60);
 const DISK_BYTES: u64 = 96 << 20;
 /// A protected machine with one disk: ext4 on a loop device.
 struct Machine {
@@ -71,10 +73,7 @@ impl Machine {
     }
 
     fn status(&self) -> Option<AgentStatus> {
-        match ask(&self.config.control_socket(), &Request::Status) {
-            Ok(Answer::Status(status)) => Some(*status),
-            _ => None,
-        }
+        status_of(&self.config)
     }
 
     fn assert_replicated(&self, server: &Server) {
@@ -161,31 +160,6 @@ fn storm(folder: &Path, worker: u64) {
             }
         }
     }
-}
-
-fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
-    let since = Instant::now();
-    while !done() {
-        assert!(since.elapsed() < SOON, "waited in vain until {what}");
-        thread::sleep(Duration::from_millis(5));
-    }
-}
-
-fn wait_protected(status: impl Fn() -> Option<AgentStatus>) {
-    wait_for("the machine is protected", || status().is_some_and(|now| now.state == ProtectionState::Protected));
-}
-
-/// Waits until the server has everything, when nobody writes any more.
-fn settle(status: impl Fn() -> Option<AgentStatus>) {
-    let since = Instant::now();
-    wait_for("everything is with the server", || {
-        since.elapsed() > Duration::from_millis(400)
-            && status().is_some_and(|now| {
-                now.state == ProtectionState::Protected
-                    && now.ring.used_bytes == 0
-                    && now.watermarks.captured == now.watermarks.journaled
-            })
-    });
 }
 
 #[test]

@@ -7,6 +7,8 @@ mod loops;
 #[path = "site/process.rs"]
 mod process;
 mod site;
+#[path = "site/waits.rs"]
+mod waits;
 
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::{FileExt, OpenOptionsExt, symlink};
@@ -14,7 +16,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use agent::capture::ebpf;
 use agent::config::{AgentConfig, CaptureChoice, DiskConfig};
@@ -28,9 +30,9 @@ use replication::DiskId;
 use replication::geometry::LEAF_BYTES;
 use replication::wire::HealNeed;
 use site::Server;
+use waits::{settle, status_of, wait_for, wait_protected};
 use world::{BlockDevice, Entropy, FileDevice, SystemClock, SystemEntropy};
 
-const SOON: Duration = Duration::from_secs(60);
 const MIB: u64 = 1 << 20;
 const PIECE_BYTES_MAX: u64 = 64 << 10;
 
@@ -130,29 +132,15 @@ impl Machine {
     }
 
     fn status(&self) -> Option<AgentStatus> {
-        match ask(&self.config.control_socket(), &Request::Status) {
-            Ok(Answer::Status(status)) => Some(*status),
-            _ => None,
-        }
+        status_of(&self.config)
     }
 
     fn wait_protected(&self) {
-        wait_for("the machine is protected", || {
-            self.status().is_some_and(|now| now.state == ProtectionState::Protected)
-        });
+        wait_protected(|| self.status());
     }
 
-    /// Waits until the server has everything, when nobody writes any more.
     fn settle(&self) {
-        let since = Instant::now();
-        wait_for("everything is with the server", || {
-            since.elapsed() > Duration::from_millis(400)
-                && self.status().is_some_and(|now| {
-                    now.state == ProtectionState::Protected
-                        && now.ring.used_bytes == 0
-                        && now.watermarks.captured == now.watermarks.journaled
-                })
-        });
+        settle(|| self.status());
     }
 
     fn assert_replicated(&self, server: &Server, disk: usize) {
@@ -189,14 +177,6 @@ impl Counts for Server {
 #[test]
 fn an_agent_of_its_own() {
     process::be_one();
-}
-
-fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
-    let since = Instant::now();
-    while !done() {
-        assert!(since.elapsed() < SOON, "waited in vain until {what}");
-        thread::sleep(Duration::from_millis(5));
-    }
 }
 
 fn number() -> u64 {

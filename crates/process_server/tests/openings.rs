@@ -461,6 +461,29 @@ fn a_disk_that_grew_before_a_kill_is_as_large_in_points() {
     assert_eq!(disks.iter().map(|disk| disk.size_bytes).collect::<Vec<_>>(), [(1 << 20) + (64 << 10)]);
 }
 
+/// The place at which a gap begins is a point: it has the disks that it had, whatever a greeting says in the gap.
+#[test]
+fn a_disk_that_grows_in_a_gap_is_no_larger_before_it() {
+    let site = Site::new();
+    let process = site.server("server").start();
+    let mut pipeline = process.open(Some(&hello(1, None, HealNeed::Maps))).expect("a new chain");
+    let mut sending = Sending::whole(&process, &mut pipeline);
+    let at = sending.write(Some(&mut pipeline), 2);
+    let cause = "the send buffer was full".into();
+    sending.tell(Some(&mut pipeline), Message::Break { at, reach: Reach::Machine, cause });
+    let mut again = hello(1, Some(sending.resume(&pipeline)), HealNeed::Maps);
+    again.disks[0].size_bytes += 64 << 10;
+    let (next, grown) = (sending.next, again.disks[0].clone());
+    let mut sending = Sending::begun(&process, &mut pipeline, &again);
+    sending.next = next;
+    sending.change(Some(&mut pipeline), ChangeKind::Geometry(grown));
+    sending.write(Some(&mut pipeline), 3);
+    settle(&mut pipeline);
+    let history = site.history(pipeline.chain());
+    let size = |at| history.geometry_at(at)[0].size_bytes;
+    assert_eq!((size(at), size(SequenceNumber(u64::MAX))), (1 << 20, (1 << 20) + (64 << 10)));
+}
+
 #[test]
 fn what_fails_again_behind_the_start_of_a_heal_is_another_gap() {
     let site = Site::new();

@@ -459,7 +459,7 @@ impl HomeSession {
     }
 
     /// Says what was done, once what the other side may rely on is durable. What a heal wrote is relied on at its end only:
-    /// a session that ends before compares everything again. Waiting for the disk each round took two thirds of a comparison.
+    /// a session that ends before compares everything again.
     fn acknowledge(&mut self) -> Result<(), HomeError> {
         if self.written > self.synced || self.ended.is_some() {
             self.sync()?;

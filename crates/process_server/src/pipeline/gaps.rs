@@ -78,6 +78,11 @@ impl Pipeline {
         self.open_gaps.iter().any(OpenGap::is_of_machine)
     }
 
+    /// Whether a gap hides what lies at `at`. Where it begins is a point still.
+    pub(super) fn is_hidden(&self, at: SequenceNumber) -> bool {
+        self.open_gaps.iter().any(|gap| gap.is_of_machine() && gap.after < at)
+    }
+
     /// What is lacking of the disks that a sender names: the ranges of gaps that withhold no points, and disks that are not
     /// known here, or not any more.
     pub fn lacking_of(&self, named: &[DiskGeometry]) -> Ranges {

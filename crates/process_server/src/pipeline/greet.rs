@@ -94,11 +94,11 @@ impl Pipeline {
         self.announced = hello.disks.clone();
         // What was under way begins anew.
         self.heal_begun = SequenceNumber(0);
-        // A stream that goes on tells of its disks in their place; a new one begins behind every earlier point. In a gap no point
-        // is offered before the heal's end, so what was said of disks when the stream began can be said again: a server that was
+        // A stream that goes on tells of its disks in their place; a new one begins behind every earlier point. Where a gap hides
+        // everything up to the heal's end, what was said of disks when the stream began can be said again: a server that was
         // killed before its first commit has forgotten it, and points would cut a disk off that had grown.
         let begin = self.writer.generation().base().max(self.journaled);
-        let tells = !continues || self.is_in_gap();
+        let tells = !continues || self.is_hidden(begin);
         for geometry in hello.disks.iter().filter(|_| tells) {
             self.note_geometry(begin, geometry.clone());
         }

@@ -28,10 +28,10 @@ const HOLE_BYTES: usize = 64 << 10;
 
 /// Writes `device` to the new file `to`, holes left out. Durable on return.
 pub(super) fn write_raw(device: &PointDevice, to: &Path, progress: &mut Progress, stop: &StopRequest) -> Done {
-    let refused = |error: &io::Error| io_failure(format!("{} cannot be written", to.display()), error);
-    let file = OpenOptions::new().write(true).create_new(true).open(to).map_err(|error| refused(&error))?;
+    let file = OpenOptions::new().write(true).create_new(true).open(to).map_err(|error| refused(to, &error))?;
     let mut image = Image { file: &file, to, progress, stop };
-    let written = image.fill(device).and_then(|()| rustix::fs::fsync(&file).map_err(|error| refused(&error.into())));
+    let written =
+        image.fill(device).and_then(|()| rustix::fs::fsync(&file).map_err(|error| refused(to, &error.into())));
     if written.is_err() {
         // Half an image would be taken for a whole one.
         let _ = std::fs::remove_file(to);
@@ -51,7 +51,7 @@ impl Image<'_> {
     /// While a window is written the next one is decoded, and what was written before is on its way to the medium: three
     /// things that would wait for each other otherwise.
     fn fill(&mut self, device: &PointDevice) -> Done {
-        self.file.set_len(device.size()).map_err(|error| self.refused(&error))?;
+        self.file.set_len(device.size()).map_err(|error| refused(self.to, &error))?;
         let file = self.file;
         thread::scope(|scope| {
             // If it is still busy when the next word comes, that one includes this one.
@@ -62,7 +62,7 @@ impl Image<'_> {
             // The system tells of a failed write once only, so what it said here must not be lost.
             let flushed = flushing.join().expect("a thread that flushes does not panic");
             filled?;
-            flushed.map_err(|error| self.refused(&error.into()))
+            flushed.map_err(|error| refused(self.to, &error.into()))
         })
     }
 
@@ -107,15 +107,11 @@ impl Image<'_> {
             self.stop.check(&format!("the unfinished {} was removed", self.to.display()))?;
             let piece = &mut buffer[..PIECE_BYTES.min(range.end - at) as usize];
             device.read_at(at, piece).map_err(|error| unreadable(&error))?;
-            write_sparsely(self.file, at, piece).map_err(|error| self.refused(&error))?;
+            write_sparsely(self.file, at, piece).map_err(|error| refused(self.to, &error))?;
             at += piece.len() as u64;
             self.progress.advance(piece.len() as u64);
         }
         Ok(())
-    }
-
-    fn refused(&self, error: &io::Error) -> Failure {
-        io_failure(format!("{} cannot be written", self.to.display()), error)
     }
 }
 
@@ -154,6 +150,10 @@ fn write_sparsely(file: &File, offset: u64, bytes: &[u8]) -> io::Result<()> {
         at += piece.len();
     }
     Ok(())
+}
+
+fn refused(to: &Path, error: &io::Error) -> Failure {
+    io_failure(format!("{} cannot be written", to.display()), error)
 }
 
 fn unreadable(error: &BlockError) -> Failure {

@@ -12,7 +12,7 @@ use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
 use super::fio::{Cap, MemoryDisk, Run, Shape, Written};
-use super::site::{Running, Site, bare, output_of, start};
+use super::site::{Running, Site, bare, enrol, output_of, start};
 use crate::bench::promises::{Promise, Promised};
 use crate::bench::{Case, GIB, MIB, Measured, Subject, cases};
 use crate::process::{mapped_bytes_now, processor_time, resident_bytes_now};
@@ -73,11 +73,8 @@ impl Agent {
     /// Enrols a machine whose disk is `device`.
     fn join(programs: &Path, folder: &Path, token: &str, device: &Path) -> Result<Agent> {
         fs::create_dir_all(folder)?;
-        let (token_file, state, config) = (folder.join("token"), folder.join("state"), folder.join("agent.toml"));
-        fs::write(&token_file, token)?;
-        let mut join = bare(&programs.join("farshore-agent"));
-        join.args(["join", "--name", "capture", "--token-file"]).arg(&token_file).arg("--state-dir").arg(&state);
-        output_of(&mut join)?;
+        let (state, config) = (folder.join("state"), folder.join("agent.toml"));
+        enrol(programs, "capture", token, &state)?;
         let pins = format!("/sys/fs/bpf/farshore-bench-{}", std::process::id());
         let words = format!(
             "state_dir = {state:?}\nmachine_name = \"capture\"\nebpf_pins = {pins:?}\n\n[[disk]]\nname = \"disk\"\n\

@@ -159,13 +159,7 @@ impl Site {
 
     /// Enrols `machine`. Its disk will be where [`Site::image`] says.
     pub(super) fn join(&self, machine: &str) -> Result<()> {
-        let token_file = self.path(machine, "token");
-        fs::write(&token_file, self.token()?)?;
-        let state = self.path(machine, "state");
-        let mut join = bare(&self.programs.join("farshore-agent"));
-        join.args(["join", "--name", machine, "--token-file"]).arg(&token_file).arg("--state-dir").arg(&state);
-        output_of(&mut join)?;
-        Ok(())
+        enrol(&self.programs, machine, &self.token()?, &self.path(machine, "state"))
     }
 
     pub(super) fn start_agent(&mut self, machine: &str, way: Way) -> Result<()> {
@@ -276,6 +270,15 @@ impl Site {
     pub(super) fn branches(&self) -> PathBuf {
         self.scratch.join("b")
     }
+}
+
+/// Makes `state` the state directory of an agent that is enrolled with `token`.
+pub(super) fn enrol(programs: &Path, machine: &str, token: &str, state: &Path) -> Result<()> {
+    let token_file = state.with_extension("token");
+    fs::write(&token_file, token)?;
+    let mut join = bare(&programs.join("farshore-agent"));
+    join.args(["join", "--name", machine, "--token-file"]).arg(&token_file).arg("--state-dir").arg(state);
+    output_of(&mut join).map(drop)
 }
 
 /// A command that nothing of the caller's own settings reaches.
