@@ -69,6 +69,8 @@ pub(crate) const FOR_TESTS: &[Component] = &[
     component("busybox", &["busybox-static"], &["busybox"], &["busybox-static"], &["busybox"]),
     component("initdb", &["postgresql"], &["postgresql-server"], &["postgresql-server"], &["postgresql"]),
     component("pgbench", &["postgresql"], &["postgresql-contrib"], &["postgresql-contrib"], &["postgresql"]),
+    component("mariadbd", &["mariadb-server-core"], &["mariadb-server"], &["mariadb"], &["mariadb"]),
+    component("mariadb", &["mariadb-client-core"], &["mariadb"], &["mariadb-client"], &["mariadb-clients"]),
     component("losetup", &["mount"], &["util-linux"], &["util-linux"], &["util-linux"]),
 ];
 

@@ -1,7 +1,9 @@
 //! Application-consistent points of the whole agent: disks captured by eBPF on the running kernel, file systems on loop
-//! devices, real scripts, a real PostgreSQL. Needs root and BTF; says SKIPPED otherwise.
+//! devices, real scripts. Needs root and BTF; says SKIPPED otherwise.
 #![cfg(all(target_os = "linux", target_arch = "x86_64"))]
 
+#[path = "site/at_rest.rs"]
+mod at_rest;
 #[path = "site/loops.rs"]
 mod loops;
 #[path = "site/process.rs"]
@@ -10,146 +12,26 @@ mod site;
 #[path = "site/waits.rs"]
 mod waits;
 
-use std::fs::{File, OpenOptions};
+use std::fs::OpenOptions;
 use std::io::Write;
 use std::os::unix::fs::{PermissionsExt, chown};
-use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use agent::capture::ebpf;
-use agent::config::{AgentConfig, CaptureChoice, DiskConfig};
-use agent::consistency::settings::{HookConfig, HookKind};
 use agent::service::control::{Answer, Request, ask};
-use agent::service::problem::Problem;
-use agent::service::{Service, ServiceOptions};
-use agent::state::StateDir;
-use loops::{Loop, output_of, skip, succeeds};
-use process::Agent;
-use replication::{Change, ChangeKind, DiskId, MarkerKind};
+use at_rest::{Machine, at_marker, begin_log, markers};
+use loops::{Loop, output_of, succeeds};
+use replication::MarkerKind;
 use site::Server;
-use waits::{status_of, wait_for, wait_protected};
-use world::SystemClock;
-
-const DISK_BYTES: u64 = 192 << 20;
-struct Machine {
-    config: AgentConfig,
-    folder: PathBuf,
-    disk: Loop,
-}
-
-impl Machine {
-    fn new(server: &Server, test: &str) -> Option<Machine> {
-        if let Err(why) = ebpf::support::check_machine() {
-            skip(test, &why);
-            return None;
-        }
-        let folder = server.folder(test);
-        std::fs::create_dir_all(&folder).expect("created");
-        let disk = Loop::make(test, &folder.join("disk.img"), DISK_BYTES, "ext4", &folder.join("mnt"))?;
-        let mut config = AgentConfig::new(folder.join("state"));
-        config.rotate_every_ms = 200;
-        config.proof_every_ms = 50;
-        config.ebpf_pins = Some(PathBuf::from(format!("/sys/fs/bpf/farshore-{test}-{}", std::process::id())));
-        config.disks.push(DiskConfig { capture: CaptureChoice::Ebpf, ..DiskConfig::new("disk", &disk.device) });
-        let state = StateDir::open(&config.state_dir).expect("opens");
-        state.join(&server.runtime, Arc::new(SystemClock), &server.token(), test, &[]).expect("joins");
-        Some(Machine { config, folder, disk })
-    }
-
-    fn start(&self) -> Service {
-        let options = ServiceOptions { accept_disks: Vec::new(), clock: Arc::new(SystemClock) };
-        let service = Service::start(&self.config, options).unwrap_or_else(|problems| panic!("{problems:?}"));
-        wait_protected(|| Some(service.status()));
-        service
-    }
-
-    fn spawn(&self) -> Agent {
-        self.spawn_by(&[])
-    }
-
-    /// Starts the agent as a process of its own, by a program that starts others.
-    fn spawn_by(&self, starter: &[String]) -> Agent {
-        let agent = Agent::spawn(&self.config, &self.folder, starter);
-        wait_protected(|| status_of(&self.config));
-        agent
-    }
-
-    fn ask(&self, request: &Request) -> Result<Answer, Problem> {
-        ask(&self.config.control_socket(), request)
-    }
-
-    /// Takes a point at rest; why it is not application-consistent, and the remarks.
-    fn point(&self, name: &str) -> (Option<String>, Vec<String>) {
-        match self.ask(&Request::Point { name: name.to_owned(), wait_ms: 20_000 }) {
-            Ok(Answer::PointTaken { failed, remarks, durable: true, connected: true, .. }) => (failed, remarks),
-            other => panic!("{other:?}"),
-        }
-    }
-
-    /// A script of root's own.
-    fn script(&self, name: &str, body: &str) -> Option<PathBuf> {
-        let path = self.folder.join(name);
-        std::fs::write(&path, format!("#!/bin/sh\n{body}\n")).expect("written");
-        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).expect("set");
-        Some(path)
-    }
-
-    /// That somebody can write to the disk's file system.
-    fn assert_writable(&self) {
-        let (path, since) = (self.disk.mount.join("writable"), Instant::now());
-        let mut file = File::create(path).expect("created");
-        file.write_all(b"x").and_then(|()| Ok(rustix::fs::fsync(&file)?)).expect("written");
-        assert!(since.elapsed() < Duration::from_secs(5), "after {:?}", since.elapsed());
-    }
-}
-
-impl Drop for Machine {
-    fn drop(&mut self) {
-        process::take_down(&self.config);
-    }
-}
+use waits::wait_for;
 
 /// Not a test of its own: what [`Machine::spawn`] runs.
 #[test]
 fn an_agent_of_its_own() {
     process::be_one();
-}
-
-/// From now on the server keeps the order of changes; the disk as it is there now.
-fn begin_log(server: &Server) -> Vec<u8> {
-    let mut store = server.store();
-    store.log = Some(Vec::new());
-    store.replicas[&DiskId(0)].bytes.clone()
-}
-
-/// The markers that the server has, in order.
-fn markers(server: &Server) -> Vec<(MarkerKind, String)> {
-    let store = server.store();
-    let log = store.log.as_ref().expect("it is kept");
-    let marker = |change: &Change| match &change.kind {
-        ChangeKind::Marker { kind, name } => Some((kind.clone(), name.clone())),
-        _ => None,
-    };
-    log.iter().filter_map(marker).collect()
-}
-
-/// The disk as it was at the marker `name`.
-fn at_marker(server: &Server, base: &[u8], name: &str) -> Vec<u8> {
-    let store = server.store();
-    let mut content = base.to_vec();
-    for change in store.log.as_ref().expect("it is kept") {
-        match &change.kind {
-            ChangeKind::Write { range, data } => content[range.within(0)].copy_from_slice(data),
-            ChangeKind::Zero { range } | ChangeKind::Discard { range } => content[range.within(0)].fill(0),
-            ChangeKind::Marker { name: found, .. } if found == name => return content,
-            _ => {}
-        }
-    }
-    panic!("there is no marker {name}");
 }
 
 /// Files written, overwritten, renamed and synced until it is dropped.
@@ -435,125 +317,4 @@ fn the_confinement_of_the_unit_breaks_neither_capture_nor_freeze() {
     let mut agent = machine.spawn_by(&starter);
     assert_eq!(server.store().heals, heals, "the next one goes on");
     agent.kill();
-}
-
-/// A PostgreSQL with its data on the protected disk. Ended when dropped.
-struct Postgres {
-    programs: PathBuf,
-    data: PathBuf,
-    socket: PathBuf,
-}
-
-impl Postgres {
-    fn as_owner(&self, program: &str, arguments: &[&str]) -> Command {
-        let mut command = Command::new("setpriv");
-        command.args(["--reuid=postgres", "--regid=postgres", "--clear-groups", "--"]);
-        command.arg(self.programs.join(program)).args(arguments).current_dir("/").stdin(Stdio::null());
-        command
-    }
-
-    fn new(test: &str, mount: &Path, socket: &Path) -> Option<Postgres> {
-        let versions = std::fs::read_dir("/usr/lib/postgresql").ok().and_then(|mut versions| versions.next()?.ok());
-        let Some(programs) = versions.map(|version| version.path().join("bin")) else {
-            skip(test, "there is no PostgreSQL");
-            return None;
-        };
-        Some(Postgres { programs, data: mount.join("pgdata"), socket: socket.to_owned() })
-    }
-
-    fn give_folders(&self) {
-        for folder in [&self.data, &self.socket] {
-            std::fs::create_dir_all(folder).expect("created");
-            assert!(succeeds("chown", &["postgres:postgres", &folder.display().to_string()]));
-        }
-    }
-
-    fn start(&self) {
-        let (data, socket) = (self.data.display().to_string(), self.socket.display().to_string());
-        let log = self.socket.join("log").display().to_string();
-        let options = format!("-c listen_addresses= -c unix_socket_directories={socket} -c shared_buffers=16MB");
-        let started = self
-            .as_owner("pg_ctl", &["start", "-w", "-s", "-D", &data, "-l", &log, "-o", &options])
-            .stdout(Stdio::null())
-            .status();
-        assert!(started.is_ok_and(|status| status.success()), "{}", std::fs::read_to_string(log).unwrap_or_default());
-    }
-
-    fn stop(&self) {
-        let _ = self
-            .as_owner("pg_ctl", &["stop", "-w", "-s", "-m", "immediate", "-D", &self.data.display().to_string()])
-            .stderr(Stdio::null())
-            .status();
-    }
-
-    fn query(&self, query: &str) -> String {
-        let socket = self.socket.display().to_string();
-        let run = self.as_owner("psql", &["-X", "-A", "-t", "-h", &socket, "-d", "postgres", "-c", query]).output();
-        let run = run.expect("it runs");
-        assert!(run.status.success(), "{query}: {}", String::from_utf8_lossy(&run.stderr));
-        String::from_utf8_lossy(&run.stdout).trim().to_owned()
-    }
-}
-
-impl Drop for Postgres {
-    fn drop(&mut self) {
-        self.stop();
-    }
-}
-
-#[test]
-fn postgresql_comes_back_with_every_row_that_was_committed_before_the_point() {
-    let test = "postgresql_comes_back";
-    let server = Server::start(false);
-    let Some(mut machine) = Machine::new(&server, test) else { return };
-    // Its socket and the folders above are reached as another user.
-    let place = tempfile::tempdir().expect("a temporary folder");
-    std::fs::set_permissions(place.path(), std::fs::Permissions::from_mode(0o755)).expect("set");
-    for folder in machine.disk.mount.ancestors().take_while(|folder| *folder != std::env::temp_dir()) {
-        std::fs::set_permissions(folder, std::fs::Permissions::from_mode(0o755)).expect("set");
-    }
-    let Some(postgres) = Postgres::new(test, &machine.disk.mount, &place.path().join("run")) else { return };
-    postgres.give_folders();
-    let data = postgres.data.display().to_string();
-    let made =
-        postgres.as_owner("initdb", &["-D", &data, "-A", "trust", "-N", "--locale=C"]).stdout(Stdio::null()).status();
-    assert!(made.is_ok_and(|status| status.success()));
-    postgres.start();
-    postgres.query("create table t (n int)");
-    let arguments = vec![format!("--host={}", postgres.socket.display()), "--dbname=postgres".to_owned()];
-    let program = Some(postgres.programs.join("psql"));
-    machine.config.consistency.hooks.push(HookConfig { kind: HookKind::Postgresql, program, user: None, arguments });
-    let service = machine.start();
-    let base = begin_log(&server);
-    let before = postgres.query("select checkpoint_lsn from pg_control_checkpoint()");
-    for n in 1..=5 {
-        postgres.query(&format!("insert into t values ({n})"));
-    }
-    assert_eq!(machine.point("consistent"), (None, vec![]));
-    assert_ne!(
-        postgres.query("select checkpoint_lsn from pg_control_checkpoint()"),
-        before,
-        "the hook had its checkpoint"
-    );
-    postgres.query("insert into t values (6)");
-    postgres.stop();
-    let (failed, _) = machine.point("its server is down");
-    assert!(failed.expect("no claim").contains("the PostgreSQL hook exited with"));
-    service.stop().expect("stops");
-
-    let image = machine.folder.join("point.img");
-    std::fs::write(&image, at_marker(&server, &base, "consistent")).expect("written");
-    let mut point = Loop::attach(&image, "ext4", &machine.folder.join("point")).expect("a loop device");
-    assert!(point.mount("defaults"));
-    let recovered = Postgres {
-        programs: postgres.programs.clone(),
-        data: point.mount.join("pgdata"),
-        socket: postgres.socket.clone(),
-    };
-    // It believes that its predecessor still runs: the machine was never shut down.
-    std::fs::remove_file(recovered.data.join("postmaster.pid")).expect("it ran");
-    recovered.start();
-    assert_eq!(recovered.query("select string_agg(n::text, ' ' order by n) from t"), "1 2 3 4 5");
-    recovered.stop();
-    point.unmount();
 }

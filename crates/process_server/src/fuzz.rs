@@ -4,11 +4,15 @@
 use bytes::Bytes;
 
 use crate::config::ServerConfig;
-use crate::ingest::GapNote;
 pub use crate::journal::fuzz::{journal_file, journal_header, journal_record};
+use crate::notes::{DisksNote, GapNote};
 
-/// What the pipeline notes in the journal about an open gap.
+/// What is noted in the journal about open gaps and disks that are gone.
 pub fn gap_note(data: &[u8]) -> bool {
+    if let Ok(note) = DisksNote::decode(Bytes::copy_from_slice(data)) {
+        assert_eq!(DisksNote::decode(note.encode()), Ok(note));
+        return true;
+    }
     if let Ok(notes) = GapNote::decode_list(Bytes::copy_from_slice(data)) {
         assert_eq!(GapNote::decode_list(GapNote::encode_list(notes.iter())), Ok(notes));
     }
@@ -36,13 +40,15 @@ pub(crate) mod replay;
 #[cfg(test)]
 mod tests {
     use super::*;
-    use replication::{PointTime, Reach, SequenceNumber};
+    use replication::{DiskId, PointTime, Reach, SequenceNumber};
 
     #[test]
     fn gap_notes() {
         let note =
             GapNote { at: SequenceNumber(5), reach: Reach::Machine, time: PointTime(6), cause: "overflow".into() };
-        replay::replay("gap_note", gap_note, &[("open", note.encode().to_vec()), ("none", Vec::new())]);
+        let disks = DisksNote { at: SequenceNumber(7), time: PointTime(8), disks: vec![DiskId(0), DiskId(3)] };
+        let seeds = [("open", note.encode()), ("none", Bytes::new()), ("disks", disks.encode())];
+        replay::replay("gap_note", gap_note, &seeds.map(|(name, bytes)| (name, bytes.to_vec())));
     }
 
     #[test]

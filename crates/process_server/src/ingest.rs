@@ -15,22 +15,13 @@ use std::ops::ControlFlow;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
-use replication::codec::{DecodeError, Decoder, Encoder};
 use replication::receiver::{Action, Event, Receiver};
 use replication::wire::{HealContent, Message, OfferHashes, OfferedLeaf};
 use replication::{ByteRange, ChainId, Change, Cut, DiskId, HealId, PointTime, Reach, SequenceNumber, StreamHash};
 
 use crate::journal::thread::Completion;
 use crate::journal::{ChangeReader, JournalError, Manifest, NoteKind, Record, Replayed};
-
-/// Note kind: a gap of the whole machine is open (the note's bytes say where) or closed (no bytes).
-pub const GAP_NOTE: NoteKind = NoteKind(1);
-/// Note kind: the newest gaps of ranges, as a list.
-pub const RANGE_GAPS_NOTE: NoteKind = NoteKind(2);
-/// Gaps that one note lists at most: what may be open at one position and not committed yet.
-const NOTED_GAPS_MAX: usize = 4;
-/// Longest cause in a note, in bytes.
-const NOTED_CAUSE_BYTES_MAX: usize = 200;
+use crate::notes::{DISKS_NOTE, DisksNote, GAP_NOTE, GapNote, NOTED_GAPS_MAX, RANGE_GAPS_NOTE};
 
 /// Where records go to become durable. The real one is the journal's thread.
 pub trait ChangeLog: Send + Sync {
@@ -67,6 +58,8 @@ pub enum ReadBack {
     },
     /// A gap opened here, or (`None`) was closed.
     Gap(Option<GapNote>),
+    /// From here on these disks are protected, and no others of those that were.
+    Disks(DisksNote),
 }
 
 /// [`ChangeLog::read_back`] by means of a journal's reader.
@@ -76,37 +69,42 @@ pub fn read_back(reader: &ChangeReader, bytes_max: u64) -> Result<Vec<ReadBack>,
     let mut last = None;
     let mut first = true;
     reader.visit(|item| {
-        let (of_machine, of_ranges) = match item {
+        match item {
             // Not before the next changes: what belongs to the last ones stands behind them.
             Replayed::Record(Record::Changes { .. }) if bytes >= bytes_max => return ControlFlow::Break(()),
-            Replayed::Record(Record::StreamHash { sequence, hash, .. }) => {
-                if last == Some(sequence) {
-                    found.push(ReadBack::Hash { sequence, hash });
-                }
-                (None, None)
+            Replayed::Record(Record::StreamHash { sequence, hash, .. }) if last == Some(sequence) => {
+                found.push(ReadBack::Hash { sequence, hash });
             }
             Replayed::Record(Record::Changes { changes, .. }) => {
                 bytes += changes.iter().map(|change| change.kind.data_len() as u64).sum::<u64>();
                 last = changes.last().map(|change| change.sequence);
                 found.push(ReadBack::Changes(changes));
-                (None, None)
             }
-            Replayed::Record(Record::Note { kind: GAP_NOTE, bytes, .. }) => (Some(bytes), None),
-            Replayed::Record(Record::Note { kind: RANGE_GAPS_NOTE, bytes, .. }) => (None, Some(bytes)),
+            Replayed::Record(Record::Note { kind, bytes, .. }) => found.extend(noted(kind, bytes)),
             // Only the oldest file's opening tells what was true before its changes.
             Replayed::State(state) if first => {
-                (state.notes.get(&GAP_NOTE).cloned(), state.notes.get(&RANGE_GAPS_NOTE).cloned())
+                found.extend(state.notes.iter().flat_map(|(kind, bytes)| noted(*kind, bytes.clone())));
             }
-            _ => (None, None),
-        };
+            _ => {}
+        }
         first = false;
-        // A note this version does not understand was written by a newer one; the heal it stood for is still needed.
-        found.extend(of_machine.and_then(|bytes| GapNote::decode(bytes).ok()).map(ReadBack::Gap));
-        let of_ranges = of_ranges.and_then(|bytes| GapNote::decode_list(bytes).ok()).unwrap_or_default();
-        found.extend(of_ranges.into_iter().map(|note| ReadBack::Gap(Some(note))));
         ControlFlow::Continue(())
     })?;
     Ok(found)
+}
+
+/// What a note says. One that this version does not understand was written by a newer one; the heal that a gap's stood for is
+/// still needed.
+fn noted(kind: NoteKind, bytes: Bytes) -> Vec<ReadBack> {
+    match kind {
+        GAP_NOTE => GapNote::decode(bytes).into_iter().map(ReadBack::Gap).collect(),
+        RANGE_GAPS_NOTE => {
+            let notes = GapNote::decode_list(bytes).unwrap_or_default();
+            notes.into_iter().map(|note| ReadBack::Gap(Some(note))).collect()
+        }
+        DISKS_NOTE => DisksNote::decode(bytes).into_iter().map(ReadBack::Disks).collect(),
+        _ => Vec::new(),
+    }
 }
 
 impl ChangeLog for crate::journal::JournalThread {
@@ -200,77 +198,6 @@ pub struct Outcome {
     pub work: Vec<Work>,
     /// The session must end, for this reason.
     pub disconnect: Option<String>,
-}
-
-/// A gap as noted in the journal, so that a crash between a break and its commit announces nothing false.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct GapNote {
-    /// The last change before the break.
-    pub at: SequenceNumber,
-    /// What it concerns.
-    pub reach: Reach,
-    /// When.
-    pub time: PointTime,
-    /// Why.
-    pub cause: String,
-}
-
-impl GapNote {
-    /// The note's bytes.
-    pub fn encode(&self) -> Bytes {
-        let mut out = Encoder::new();
-        self.encode_to(&mut out);
-        out.finish().into()
-    }
-
-    fn encode_to(&self, out: &mut Encoder) {
-        let mut end = self.cause.len().min(NOTED_CAUSE_BYTES_MAX);
-        while !self.cause.is_char_boundary(end) {
-            end -= 1;
-        }
-        self.reach.encode(out.u64(self.at.0));
-        out.u64(self.time.0).text(&self.cause[..end]);
-    }
-
-    fn decode_from(input: &mut Decoder) -> Result<GapNote, DecodeError> {
-        Ok(GapNote {
-            at: SequenceNumber(input.u64("gap position")?),
-            reach: Reach::decode(input)?,
-            time: PointTime(input.u64("gap time")?),
-            cause: input.text("gap cause", NOTED_CAUSE_BYTES_MAX)?,
-        })
-    }
-
-    /// The bytes of a note that lists several gaps.
-    pub fn encode_list<'a>(notes: impl ExactSizeIterator<Item = &'a GapNote>) -> Bytes {
-        let mut out = Encoder::new();
-        out.varint(notes.len() as u64);
-        notes.for_each(|note| note.encode_to(&mut out));
-        out.finish().into()
-    }
-
-    /// Reads a note that lists gaps.
-    ///
-    /// # Errors
-    /// It is none.
-    pub fn decode_list(bytes: Bytes) -> Result<Vec<GapNote>, DecodeError> {
-        let mut input = Decoder::new(bytes);
-        let count = input.count("gaps", NOTED_GAPS_MAX as u64)?;
-        let notes = (0..count).map(|_| GapNote::decode_from(&mut input)).collect::<Result<_, _>>()?;
-        input.finish()?;
-        Ok(notes)
-    }
-
-    /// Reads a note; `None` if it says that no gap is open.
-    pub fn decode(bytes: Bytes) -> Result<Option<GapNote>, DecodeError> {
-        if bytes.is_empty() {
-            return Ok(None);
-        }
-        let mut input = Decoder::new(bytes);
-        let note = GapNote::decode_from(&mut input)?;
-        input.finish()?;
-        Ok(Some(note))
-    }
 }
 
 #[derive(Debug, Default)]

@@ -11,6 +11,7 @@ pub mod fuzz;
 pub mod ingest;
 pub mod journal;
 pub mod machine;
+pub mod notes;
 pub mod pipeline;
 pub mod server;
 

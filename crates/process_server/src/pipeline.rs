@@ -31,8 +31,9 @@ use vault::view_source::FrameSource;
 use vault::{ChainWriter, OpenKeys, Store, VaultError};
 use world::{Clock, Monotonic};
 
-use crate::ingest::{ChangeLog, GapNote, ReadBack, Work};
+use crate::ingest::{ChangeLog, ReadBack, Work};
 use crate::journal::JournalError;
+use crate::notes::GapNote;
 
 use commit::{Flying, Pending};
 use gaps::OpenGap;
@@ -184,6 +185,8 @@ pub struct Pipeline {
     geometries: Vec<replication::DiskGeometry>,
     /// The disks as the sender described them in its hello.
     announced: Vec<replication::DiskGeometry>,
+    /// The journal's note of disks that left is one that may still be read.
+    removal_noted: bool,
     /// A sender to which continuity is lost: everything is committed before its generation is opened.
     renewing: Option<Renewal>,
     /// Where the newest heal of this session begins: it may end gaps before, and none behind.
@@ -352,7 +355,11 @@ impl Pipeline {
                     {
                         self.open_gap(at, reach, time, cause);
                     }
-                    ReadBack::Gap(_) => {}
+                    // Read again with what comes later, and by then one that left may have come back.
+                    ReadBack::Disks(note) if self.loaded < self.replay_through && note.at >= self.loaded => {
+                        self.remove_disks(&note);
+                    }
+                    ReadBack::Gap(_) | ReadBack::Disks(_) => {}
                 }
             }
             if self.loaded == before {

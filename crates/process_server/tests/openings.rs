@@ -211,7 +211,11 @@ struct Sending {
 impl Sending {
     /// Begins a session, and heals what is empty: the stream is whole from then on.
     fn whole(process: &Process, pipeline: &mut Pipeline) -> Sending {
-        let mut sending = Sending::begun(process, pipeline, &hello(1, None, HealNeed::Maps));
+        Sending::whole_of(process, pipeline, &hello(1, None, HealNeed::Maps))
+    }
+
+    fn whole_of(process: &Process, pipeline: &mut Pipeline, hello: &Hello) -> Sending {
+        let mut sending = Sending::begun(process, pipeline, hello);
         let heal = HealId(1);
         let p0 = sending.change(Some(&mut *pipeline), ChangeKind::HealStart { heal });
         let (reach, hashes) = (Reach::Machine, OfferHashes::Plain);
@@ -482,6 +486,45 @@ fn a_disk_that_grows_in_a_gap_is_no_larger_before_it() {
     let history = site.history(pipeline.chain());
     let size = |at| history.geometry_at(at)[0].size_bytes;
     assert_eq!((size(at), size(SequenceNumber(u64::MAX))), (1 << 20, (1 << 20) + (64 << 10)));
+}
+
+/// A server that is killed before the removal is committed still knows from where on points do not have the disk.
+#[test]
+fn a_disk_that_left_is_in_no_point_behind_whatever_happens_to_the_server() {
+    let site = Site::new();
+    let server = site.server("server");
+    let process = server.start();
+    let mut both = hello(1, None, HealNeed::Maps);
+    both.disks.push(DiskGeometry { disk: DiskId(1), path: "/dev/disk1".into(), ..both.disks[0].clone() });
+    let mut pipeline = process.open(Some(&both)).expect("a new chain");
+    let before = Sending::whole_of(&process, &mut pipeline, &both);
+    let one = hello(1, Some(before.resume(&pipeline)), HealNeed::Maps);
+    let mut sending = Sending::begun(&process, &mut pipeline, &one);
+    sending.next = before.next;
+    let (chain, last) = (pipeline.chain(), SequenceNumber(before.next.0 - 1));
+    let first = sending.write(None, 2);
+    sending.write(None, 3);
+    let disks = |at| site.history(chain).geometry_at(at).len();
+    assert_eq!((site.history(chain).through, disks(SequenceNumber(u64::MAX))), (last, 2), "nothing is committed");
+    drop((pipeline, sending, process));
+
+    let process = server.start();
+    let mut pipeline = process.open(None).expect("its own chain");
+    settle(&mut pipeline);
+    assert_eq!((disks(last), disks(first)), (2, 1));
+    assert!(site.history(chain).gaps().iter().all(|gap| gap.until.is_some()));
+
+    // It comes back, and the note that it left is not taken for one of now.
+    let mut again = both.clone();
+    again.instance = InstanceId([2; 16]);
+    let mut sending = Sending::begun(&process, &mut pipeline, &again);
+    settle(&mut pipeline);
+    sending.write(None, 4);
+    drop((pipeline, sending, process));
+    let process = server.start();
+    let mut pipeline = process.open(None).expect("its own chain");
+    settle(&mut pipeline);
+    assert_eq!(disks(SequenceNumber(u64::MAX)), 2);
 }
 
 #[test]

@@ -16,7 +16,7 @@ use crate::error::VaultError;
 use crate::image_map::{Chunk, ImageMap};
 use crate::keys::WriterSession;
 use crate::layer::{LayerKind, LayerRef};
-use crate::object::{Compression, FrameClass, ObjectKind, looks_incompressible};
+use crate::object::{Compression, FrameClass, ObjectKind, leaves_look_incompressible};
 use crate::pack::{ChunkPlace, PackWriter, SharedDedup};
 use crate::parallel;
 use crate::store::{ObjectName, Store};
@@ -270,7 +270,7 @@ impl ImageBuilder {
             Some((pack, place)) => PreparedChunk::Known(pack, place),
             None => {
                 let compressed = self.options.compression != Compression::None;
-                PreparedChunk::New { name, is_noise: compressed && looks_incompressible(&leaves.concat()) }
+                PreparedChunk::New { name, is_noise: compressed && leaves_look_incompressible(&leaves) }
             }
         };
         prepared

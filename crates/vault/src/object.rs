@@ -17,7 +17,7 @@ use replication::codec::{DecodeError, Decoder, Encoder};
 use crate::limits;
 
 pub use builder::{ObjectBuilder, SealedObject};
-pub(crate) use frame::looks_incompressible;
+pub(crate) use frame::leaves_look_incompressible;
 pub use frame::{Compression, FrameSealer};
 pub(crate) use header::ParsedHeader;
 pub use header::{Header, Placement};

@@ -40,6 +40,13 @@ pub(super) struct Reference {
     pub(super) changed_bytes: u64,
 }
 
+/// Returns when everything that was written is on the medium: nobody's sync is to wait for what others left behind.
+pub(super) fn settle() -> Result<()> {
+    let status = Command::new("sync").status().context("cannot run sync")?;
+    ensure!(status.success(), "sync failed");
+    Ok(())
+}
+
 impl Reference {
     /// Builds the image below `base`, or takes the one that an earlier run with `--keep` left.
     pub(super) fn provide(base: &Path, size: u64) -> Result<Reference> {
@@ -101,8 +108,10 @@ impl Reference {
         Ok(())
     }
 
-    /// Reads the image once, so that every case finds it in the page cache (as far as that is large enough).
+    /// Reads the image once, so that every case finds it in the page cache (as far as that is large enough), and the medium at
+    /// rest.
     pub(super) fn warm(&self) -> Result<()> {
+        settle()?;
         let mut buffer = vec![0; MIB as usize];
         let mut file = File::open(&self.image)?;
         while file.read(&mut buffer)? > 0 {}

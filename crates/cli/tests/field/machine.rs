@@ -76,7 +76,7 @@ done
 /// Where the distribution's kernels are, and what else is needed; why not, in words.
 pub(crate) fn kernel() -> Result<PathBuf, String> {
     let folder = std::env::var_os("FARSHORE_KERNELS").ok_or("FARSHORE_KERNELS names no folder with kernels")?;
-    for program in ["qemu-system-x86_64", "busybox", "mke2fs", "e2fsck", "debugfs"] {
+    for program in ["qemu-system-x86_64", "qemu-img", "busybox", "mke2fs", "e2fsck", "debugfs"] {
         find(program).ok_or(format!("{program} is not installed"))?;
     }
     let kernel = PathBuf::from(folder).join("6.1");
@@ -171,6 +171,8 @@ pub(crate) struct Hardware<'a> {
     pub(crate) initramfs: &'a Path,
     /// As QEMU names a disk: a file, or `nbd+unix:///…`.
     pub(crate) disk: &'a str,
+    /// In which format all disks are, in QEMU's words.
+    pub(crate) format: &'a str,
     /// More disks.
     pub(crate) more: &'a [PathBuf],
 }
@@ -215,7 +217,8 @@ impl Machine {
         let disks = std::iter::once(hardware.disk.to_owned())
             .chain(hardware.more.iter().map(|disk| disk.display().to_string()));
         for (index, disk) in disks.enumerate() {
-            command.arg("-drive").arg(format!("file={disk},format=raw,if=none,id=disk{index},discard=unmap"));
+            let format = hardware.format;
+            command.arg("-drive").arg(format!("file={disk},format={format},if=none,id=disk{index},discard=unmap"));
             command.arg("-device").arg(format!("virtio-blk-pci,drive=disk{index},serial=guest-disk-{index}"));
         }
         let mut emulator = command.stdin(Stdio::null()).spawn().expect("qemu-system-x86_64 starts");
@@ -236,13 +239,20 @@ impl Machine {
         Machine { emulator, console, monitor, line, answers, asked: 0 }
     }
 
-    /// Has the emulator do something to the hardware, in the words of its monitor protocol.
-    pub(crate) fn hardware(&self, command: &str, arguments: &Value) {
+    /// Keeps the whole machine as it is, memory and disks, or makes it what was kept. `words`: `savevm NAME` or
+    /// `loadvm NAME`.
+    pub(crate) fn snapshot(&self, words: &str) {
+        let said = self.hardware("human-monitor-command", &json!({ "command-line": words }));
+        assert_eq!(said["return"], "", "{words}");
+    }
+
+    /// Has the emulator do something to the hardware, in the words of its monitor protocol; its answer.
+    pub(crate) fn hardware(&self, command: &str, arguments: &Value) -> Value {
         let mut monitor = UnixStream::connect(&self.monitor).unwrap();
         monitor.set_read_timeout(Some(PATIENCE)).unwrap();
         let mut answers = BufReader::new(monitor.try_clone().unwrap()).lines();
         let wanted = json!({ "execute": command, "arguments": arguments });
-        for request in [json!({ "execute": "qmp_capabilities" }), wanted] {
+        let [_, answer] = [json!({ "execute": "qmp_capabilities" }), wanted].map(|request| {
             writeln!(monitor, "{request}").unwrap();
             // Greeting and events come in between.
             let answer = answers.find_map(|line| {
@@ -251,7 +261,9 @@ impl Machine {
             });
             let answer = answer.expect("the monitor answers");
             assert!(answer.get("error").is_none(), "{request}: {answer}");
-        }
+            answer
+        });
+        answer
     }
 
     /// Has the guest's shell run `words`; its exit code and what it printed.

@@ -23,8 +23,8 @@ use world::Monotonic;
 
 use super::heal::HealSink;
 use super::{Pipeline, PipelineError};
-use crate::ingest::GAP_NOTE;
 use crate::journal::{Manifest as JournalManifest, ManifestNonce, ManifestNumber, Record};
+use crate::notes::GAP_NOTE;
 
 /// What waits for the next manifest.
 #[derive(Default)]

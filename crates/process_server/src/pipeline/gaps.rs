@@ -4,13 +4,14 @@
 //! disk that joins, an area that was grown into, a write that failed. Both are noted in the journal in stream order and
 //! closed by a heal whose `p0` lies behind them.
 
+use bytes::Bytes;
 use replication::cut::{CutPlanner, PointTime};
 use replication::{ByteRange, DiskGeometry, DiskId, Ranges, Reach, SequenceNumber};
 use vault::manifest::{Gap, GapClosed, GapScope, GeometryChange};
 
 use super::Pipeline;
-use crate::ingest::{GAP_NOTE, GapNote};
-use crate::journal::Record;
+use crate::journal::{NoteKind, Record};
+use crate::notes::{DISKS_NOTE, DisksNote, GAP_NOTE, GapNote};
 
 /// A gap that no heal has ended yet.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -131,23 +132,40 @@ impl Pipeline {
     }
 
     /// Disks that the sender does not name any more end here: points behind this position do not have them, those before do.
-    /// One that comes back joins like a new one. Noted again by the next session if this one does not come to commit it.
+    /// One that comes back joins like a new one.
     pub(super) fn note_removed(&mut self, time: PointTime) {
-        let behind = self.writer.generation().base().max(self.journaled);
-        let announced = &self.announced;
-        let is_named = |disk: DiskId| announced.iter().any(|named| named.disk == disk);
-        let removed: Vec<_> = self.geometries.extract_if(.., |known| !is_named(known.disk)).collect();
+        let at = self.writer.generation().base().max(self.journaled);
+        let disks: Vec<DiskId> = self.announced.iter().map(|named| named.disk).collect();
+        if self.geometries.iter().all(|known| disks.contains(&known.disk)) {
+            // One may have come back at the very place where it left.
+            if std::mem::take(&mut self.removal_noted) {
+                self.journal_note(DISKS_NOTE, Bytes::new());
+            }
+            return;
+        }
+        let note = DisksNote { at, time, disks };
+        self.journal_note(DISKS_NOTE, note.encode());
+        self.removal_noted = true;
+        self.remove_disks(&note);
+    }
+
+    /// Ends the disks that `note` does not name: as they leave, or as a restart finds it in the journal.
+    pub(super) fn remove_disks(&mut self, note: &DisksNote) {
+        let removed: Vec<_> = self.geometries.extract_if(.., |known| !note.disks.contains(&known.disk)).collect();
         if removed.is_empty() {
             return;
         }
         // What only they lacked, nobody misses behind here.
-        let is_over = |gap: &mut OpenGap| !gap.is_of_machine() && ranges_of(&gap.scope, announced).is_empty();
-        let over: Vec<OpenGap> = self.open_gaps.extract_if(.., is_over).collect();
-        let close = |OpenGap { after, scope }| GapClosed { after, scope, until: behind.max(after).next(), time };
+        let stay = self.disks();
+        let is_over = |gap: &OpenGap| !gap.is_of_machine() && ranges_of(&gap.scope, stay).is_empty();
+        let (over, open): (Vec<_>, Vec<_>) = self.open_gaps.iter().cloned().partition(is_over);
+        self.open_gaps = open;
+        let close =
+            |OpenGap { after, scope }| GapClosed { after, scope, until: note.at.max(after).next(), time: note.time };
         self.pending.gaps_closed.extend(over.into_iter().map(close));
         for geometry in removed {
-            tracing::info!(disk = %geometry.disk, position = %behind, "the disk is not protected any more");
-            self.pending.geometries.push(GeometryChange { sequence: behind, geometry: geometry.into_removal() });
+            tracing::info!(disk = %geometry.disk, position = %note.at, "the disk is not protected any more");
+            self.pending.geometries.push(GeometryChange { sequence: note.at, geometry: geometry.into_removal() });
         }
         self.touch();
     }
@@ -165,9 +183,13 @@ impl Pipeline {
 
     pub(super) fn note_gap(&self, at: SequenceNumber, time: PointTime, cause: &str) {
         let bytes = GapNote { at, reach: Reach::Machine, time, cause: cause.to_owned() }.encode();
-        let record = Record::Note { chain: self.chain, kind: GAP_NOTE, bytes };
+        self.journal_note(GAP_NOTE, bytes);
+    }
+
+    fn journal_note(&self, kind: NoteKind, bytes: Bytes) {
+        let record = Record::Note { chain: self.chain, kind, bytes };
         if let Err(error) = self.services.log.append(record, Box::new(|_| {})) {
-            tracing::warn!(chain = %self.chain, %error, "a gap could not be noted in the journal");
+            tracing::warn!(chain = %self.chain, %error, ?kind, "what has to outlive a kill could not be noted in the journal");
         }
     }
 }

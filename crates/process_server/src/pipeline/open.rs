@@ -20,8 +20,9 @@ use world::{Entropy, Monotonic};
 use super::commit::Pending;
 use super::gaps::OpenGap;
 use super::{Pipeline, PipelineError, Services};
-use crate::ingest::{GAP_NOTE, ReadBack};
+use crate::ingest::ReadBack;
 use crate::journal::{ChainState, JournalError, Manifest, ManifestNonce, ManifestNumber, Record, Session};
+use crate::notes::{DISKS_NOTE, GAP_NOTE};
 
 /// Why a machine's pipeline could not be opened.
 #[derive(Debug, thiserror::Error)]
@@ -217,6 +218,7 @@ impl Pipeline {
         match own {
             Some(state) => {
                 pipeline.tell_intent(&state, &history);
+                pipeline.removal_noted = state.notes.contains_key(&DISKS_NOTE);
                 // What was dropped used its numbers up, and is nowhere.
                 let tail = if state.has_uncommitted() { state.last } else { history.through };
                 pipeline.journaled = tail.max(history.through);
@@ -270,6 +272,7 @@ impl Pipeline {
             geometries: Vec::new(),
             announced: Vec::new(),
             renewing: None,
+            removal_noted: false,
             heal_begun: SequenceNumber(0),
             wake: Arc::new(|| {}),
             writer,

@@ -1,7 +1,9 @@
-//! What people do to a machine: they restart its agent in order, add a disk, let one grow, or use one meanwhile.
+//! What people do to a machine: they restart its agent in order, add a disk, take one away, let one grow, or use one
+//! meanwhile.
 //!
 //! The agent that comes goes on with the stream: no gap of the machine opens, and what joins is lacking until its own
-//! heal has ended. Points are offered meanwhile, and the judge looks at what they do not lack.
+//! heal has ended. Points are offered meanwhile, and the judge looks at what they do not lack. Points behind a removal do not
+//! have the disk, and no gap opens for it.
 
 use super::drain::Plan;
 use super::{Fault, SECOND, World};
@@ -13,12 +15,12 @@ const FINISH_LIMIT_NS: u64 = 5 * SECOND;
 impl World {
     /// Perhaps somebody restarts the agent.
     pub(super) fn begin_maintenance(&mut self) {
-        // Not yet `Remove`: the judge does not know what points may say of a disk that is being removed.
-        let wish = match self.rng.below(8) {
+        let wish = match self.rng.below(10) {
             0..=1 => Maintenance::Nothing,
             2..=4 => Maintenance::Add,
             5..=6 => Maintenance::Grow,
-            _ => Maintenance::Use,
+            7 => Maintenance::Use,
+            _ => Maintenance::Remove,
         };
         if self.source.can(wish) {
             self.restart_agent(wish);
@@ -35,7 +37,11 @@ impl World {
         let Some(ended) = self.source.take_ended() else { return };
         self.count(Fault::AgentRestarted);
         let joins = match ended.then {
-            Maintenance::Nothing | Maintenance::Remove => None,
+            Maintenance::Nothing => None,
+            Maintenance::Remove => {
+                self.count(Fault::DiskRemoved);
+                None
+            }
             Maintenance::Add => Some(Fault::DiskAdded),
             Maintenance::Grow => Some(Fault::DiskGrown),
             Maintenance::Use => Some(Fault::DiskUsedMeanwhile),

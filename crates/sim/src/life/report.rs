@@ -24,7 +24,7 @@ faults! {
     ServerKilled, ServerPowerCut, ServerLost, ServerSuspended, MovedByForce, VaultPowerCut, StoreRefused, AnswerLost,
     Garbage, SourceClockJump, ServerClockJump, NameTaken, BranchKilled, BranchPowerCut, SiteLost, HomeKilled,
     HomePowerCut, HomeLinkLost, HomeLinkStalled, StaleWriterFenced, MovedDrained, AgentRestarted, DiskAdded, DiskGrown,
-    DiskUsedMeanwhile, FailoverClosed, FailoverCancelled, FailoverCommitted,
+    DiskUsedMeanwhile, DiskRemoved, FailoverClosed, FailoverCancelled, FailoverCommitted,
     /// A server could not open a generation, or does not know that it has.
     OpeningFailed,
     /// The ring was seen to overflow.

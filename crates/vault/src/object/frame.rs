@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use replication::codec::Encoder;
+use replication::geometry::LEAF_BYTES;
 use ring::aead::{AES_256_GCM, Aad, LessSafeKey, Nonce, UnboundKey};
 use zeroize::Zeroizing;
 use zstd::zstd_safe::CParameter;
@@ -27,6 +28,7 @@ const LARGE_FAST: (u32, u32) = (15, 5);
 /// Bytes looked at to tell incompressible data, in `PROBE_WINDOWS` places.
 const PROBE_BYTES: usize = 4096;
 const PROBE_WINDOWS: usize = 16;
+const PROBE_WINDOW: usize = PROBE_BYTES / PROBE_WINDOWS;
 
 /// Whether to try to make a frame smaller.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -240,17 +242,28 @@ fn compress(plaintext: &[u8], compression: Compression) -> Option<Vec<u8>> {
 
 /// Whether the byte histogram of samples is as flat as noise. Encrypted and compressed files are; it costs a
 /// hundredth of what zstd takes to find out. Long repetitions of noise are missed: rare, and only size is lost.
-pub(crate) fn looks_incompressible(plaintext: &[u8]) -> bool {
+fn looks_incompressible(plaintext: &[u8]) -> bool {
     if plaintext.len() < PROBE_BYTES {
         return false;
     }
-    let window = PROBE_BYTES / PROBE_WINDOWS;
-    let stride = (plaintext.len() - window) / (PROBE_WINDOWS - 1);
+    let stride = (plaintext.len() - PROBE_WINDOW) / (PROBE_WINDOWS - 1);
+    is_flat((0..PROBE_WINDOWS).map(|index| &plaintext[index * stride..][..PROBE_WINDOW]))
+}
+
+/// As [`looks_incompressible`], of whole leaves that lie here and there, at least one.
+pub(crate) fn leaves_look_incompressible(leaves: &[&[u8]]) -> bool {
+    let last = LEAF_BYTES as usize - PROBE_WINDOW;
+    is_flat((0..PROBE_WINDOWS).map(|index| {
+        let leaf = leaves[index * leaves.len() / PROBE_WINDOWS];
+        // Not the same place in each: formats have headers.
+        &leaf[(index * last / (PROBE_WINDOWS - 1)).min(leaf.len() - PROBE_WINDOW)..][..PROBE_WINDOW]
+    }))
+}
+
+fn is_flat<'a>(windows: impl Iterator<Item = &'a [u8]>) -> bool {
     let mut histogram = [0u32; 256];
-    for start in (0..PROBE_WINDOWS).map(|index| index * stride) {
-        for byte in &plaintext[start..start + window] {
-            histogram[usize::from(*byte)] += 1;
-        }
+    for byte in windows.flatten() {
+        histogram[usize::from(*byte)] += 1;
     }
     // Sum of squared counts: for 4096 bytes of noise about 16² × 256 + 4096 = 69 632 with a deviation of 360 or so;
     // the threshold corresponds to about 7.9 bits per byte. Text and machine code lie above 150 000.
@@ -313,10 +326,12 @@ mod tests {
     fn noise_is_stored_raw_and_text_is_not() {
         for len in [4096, 65_536, 262_144] {
             assert!(looks_incompressible(&noise(len)), "{len}");
+            assert!(leaves_look_incompressible(&noise(len).chunks(LEAF_BYTES as usize).collect::<Vec<_>>()), "{len}");
             assert!(compress(&noise(len), Compression::Fast).is_none());
         }
         let text = "All happy families are alike; each unhappy one is unhappy in its own way. ".repeat(1000);
         assert!(compress(text.as_bytes(), Compression::Fast).expect("compresses").len() < text.len() / 10);
+        assert!(!leaves_look_incompressible(&text.as_bytes().chunks_exact(LEAF_BYTES as usize).collect::<Vec<_>>()));
         // What one frame turned out to be must not decide about the next.
         for _ in 0..2 {
             assert!(compress(&noise(3000), Compression::Fast).is_none());

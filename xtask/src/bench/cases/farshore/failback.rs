@@ -10,7 +10,7 @@ use serde_json::Value;
 use super::MACHINE;
 use super::nbd_client::NbdClient;
 use super::site::Site;
-use crate::bench::disk::scattered;
+use crate::bench::disk::{scattered, settle};
 use crate::bench::promises::{Promise, Promised};
 use crate::bench::{MIB, Measured, Reference};
 
@@ -32,6 +32,7 @@ pub(super) fn measure(site: &Site, disk: &Reference, measured: &mut Measured) ->
     }
     writer.flush()?;
     drop(writer);
+    settle()?;
     let read = read_once(&home)?;
 
     // The machine is not failed over to the branch: it is given up.
