@@ -133,8 +133,7 @@ impl Pipeline {
 
     /// Disks that the sender does not name any more end here: points behind this position do not have them, those before do.
     /// One that comes back joins like a new one.
-    pub(super) fn note_removed(&mut self, time: PointTime) {
-        let at = self.writer.generation().base().max(self.journaled);
+    pub(super) fn note_removed(&mut self, at: SequenceNumber, time: PointTime) {
         let disks: Vec<DiskId> = self.announced.iter().map(|named| named.disk).collect();
         if self.geometries.iter().all(|known| disks.contains(&known.disk)) {
             // One may have come back at the very place where it left.

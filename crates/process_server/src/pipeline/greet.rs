@@ -105,7 +105,10 @@ impl Pipeline {
         if !self.pending.geometries.is_empty() {
             self.touch();
         }
-        self.note_removed(self.last_point.max(PointTime(self.services.clock.wall().0)));
+        // What such a stream holds back behind what is journaled was captured without them: its generation may be an older one
+        // than this server's.
+        let left = if continues { self.journaled } else { begin };
+        self.note_removed(left, self.last_point.max(PointTime(self.services.clock.wall().0)));
         let (_, hash) = self.stream.unwrap_or((self.journaled, StreamHash::default()));
         let start = SessionStart {
             chain: self.chain,
