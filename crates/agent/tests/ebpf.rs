@@ -39,8 +39,9 @@ use waits::{settle, status_of, wait_for, wait_protected};
 use world::{Access, BlockDevice, Entropy, FileDevice, SystemClock, SystemEntropy};
 
 const DISK_BYTES: u64 = 96 << 20;
-/// Points opened of each file system: half of them marked, half anywhere.
+/// Points opened of ext4, and of each other file system, whose disks are larger: half of them marked, half anywhere.
 const POINTS: usize = 24;
+const POINTS_OF_OTHERS: usize = 14;
 
 /// A protected machine with one disk: a file system on a loop device.
 struct Machine {
@@ -198,13 +199,13 @@ fn a_killed_agent_costs_no_gap() {
 }
 
 /// Points of a machine whose file system is `fs_type`: each is mounted, its ledger judged, its file system checked.
-fn every_point_keeps_the_order(test: &str, fs_type: &'static str, bytes: u64) {
+fn every_point_keeps_the_order(test: &str, fs_type: &'static str, bytes: u64, count: usize) {
     let server = Server::start(false);
     let Some(mut machine) = Machine::with(&server, test, 64 << 20, fs_type, bytes) else { return };
     let ledger = Ledger::start(&machine.disk.mount);
-    let load = Load::start(&machine.disk.mount);
     let service = machine.start();
     wait_protected(|| Some(service.status()));
+    let load = Load::start(&machine.disk.mount);
     let folder = machine.folder.clone();
     let base = {
         let mut store = server.store();
@@ -212,7 +213,7 @@ fn every_point_keeps_the_order(test: &str, fs_type: &'static str, bytes: u64) {
         Image::make(&folder.join("base.img"), &store.replicas[&DiskId(0)].bytes)
     };
     let gaps = server.store().gaps.len();
-    for _ in 0..POINTS / 2 {
+    for _ in 0..count / 2 {
         // However slow the machine is: points are to differ.
         let rounds = ledger.synced();
         thread::sleep(Duration::from_millis(120));
@@ -230,8 +231,8 @@ fn every_point_keeps_the_order(test: &str, fs_type: &'static str, bytes: u64) {
 
     let log = server.store().log.take().expect("it was put there");
     let marks: Vec<usize> = (0..log.len()).filter(|at| matches!(log[*at].kind, ChangeKind::Marker { .. })).collect();
-    assert_eq!(marks.len(), POINTS / 2, "every marker arrived");
-    let random = (0..POINTS / 2).map(|_| (number() % log.len() as u64) as usize);
+    assert_eq!(marks.len(), count / 2, "every marker arrived");
+    let random = (0..count / 2).map(|_| (number() % log.len() as u64) as usize);
     // A cut never divides a bio.
     let whole = random.map(|at| (at..log.len()).find(|at| !log[*at].continues).expect("the last is whole"));
     let mut points: Vec<usize> = marks.into_iter().chain(whole).collect();
@@ -253,6 +254,9 @@ fn every_point_keeps_the_order(test: &str, fs_type: &'static str, bytes: u64) {
     assert!(found.is_sorted(), "later points have more: {found:?}");
     assert!(found[found.len() - 1] > found[0] + 20, "the points differ: {found:?}");
 
+    if fs_type != "ext4" {
+        return;
+    }
     // The check itself can fail: the same points without one change in a hundred. Later writes mend much of that, so
     // not every point shows it.
     let noticed = [50, 10, 90].into_iter().any(|lost| {
@@ -267,17 +271,17 @@ fn every_point_keeps_the_order(test: &str, fs_type: &'static str, bytes: u64) {
 
 #[test]
 fn every_point_keeps_the_order_of_syncs_on_ext4() {
-    every_point_keeps_the_order("every_point_keeps_the_order_of_syncs/ext4", "ext4", DISK_BYTES);
+    every_point_keeps_the_order("every_point_keeps_the_order_of_syncs/ext4", "ext4", DISK_BYTES, POINTS);
 }
 
 #[test]
 fn every_point_keeps_the_order_of_syncs_on_xfs() {
-    every_point_keeps_the_order("every_point_keeps_the_order_of_syncs/xfs", "xfs", 320 << 20);
+    every_point_keeps_the_order("every_point_keeps_the_order_of_syncs/xfs", "xfs", 320 << 20, POINTS_OF_OTHERS);
 }
 
 #[test]
 fn every_point_keeps_the_order_of_syncs_on_btrfs() {
-    every_point_keeps_the_order("every_point_keeps_the_order_of_syncs/btrfs", "btrfs", 256 << 20);
+    every_point_keeps_the_order("every_point_keeps_the_order_of_syncs/btrfs", "btrfs", 256 << 20, POINTS_OF_OTHERS);
 }
 
 #[test]
