@@ -72,6 +72,9 @@ pub(crate) const FOR_TESTS: &[Component] = &[
     component("mariadbd", &["mariadb-server-core"], &["mariadb-server"], &["mariadb"], &["mariadb"]),
     component("mariadb", &["mariadb-client-core"], &["mariadb"], &["mariadb-client"], &["mariadb-clients"]),
     component("losetup", &["mount"], &["util-linux"], &["util-linux"], &["util-linux"]),
+    component("dmsetup", &["dmsetup"], &["device-mapper"], &["device-mapper"], &["device-mapper"]),
+    component("mkfs.xfs", &["xfsprogs"], &["xfsprogs"], &["xfsprogs"], &["xfsprogs"]),
+    component("mkfs.btrfs", &["btrfs-progs"], &["btrfs-progs"], &["btrfsprogs"], &["btrfs-progs"]),
 ];
 
 /// What the benchmarks compare with and build their disk with.

@@ -45,10 +45,11 @@ pub(crate) struct Series {
 const PROGRAMS: &[(&str, &str, &str)] = &[("lib", "agent", "capture::ebpf --skip ::planted::")];
 
 /// What the tests call, beside what the shell brings.
-const TOOLS: &[&str] = &["losetup", "addpart", "delpart", "mkfs.ext4"];
+const TOOLS: &[&str] = &["losetup", "addpart", "delpart", "mkfs.ext4", "dmsetup"];
 
 /// What the tests need of the kernel beside what is built in.
-const MODULES: &[&str] = &["drivers/block/loop"];
+const MODULES: &[&str] =
+    &["drivers/block/loop", "drivers/md/dm-mod", "drivers/md/md-mod", "drivers/md/raid0", "drivers/md/raid1"];
 
 /// Emulation is about ten times slower than this machine, and the machine may be busy.
 const LIMIT: Duration = Duration::from_secs(900);

@@ -8,6 +8,8 @@
  * block_bio_complete  the same for drivers without requests, and for bios that fail before they are one.
  * block_rq_issue      commands that write without a bio: nobody knows what they change, so the whole disk is named.
  *
+ * An agent that sleeps is woken by the next record, see `wakes`.
+ *
  * Variants: *dynptr* (5.19+) appends one record a bio; *bounded* (5.8+) records of 4 KiB.
  *
  * Order. Whatever the ring lacks is recorded with the ring's position (`broken_at`) before the program returns: before
@@ -202,7 +204,7 @@ struct {
  * Mistakes for tests, in an object of their own: what checks the capture must notice each of them. Every
  * `planted_every`th time, what `planted` says is forgotten.
  */
-enum plant { PLANT_WRITE = 1, PLANT_COMPLETION, PLANT_UNCOMMITTED, PLANT_UNSTREAMED, PLANT_GAP, PLANT_SKIP };
+enum plant { PLANT_WRITE = 1, PLANT_COMPLETION, PLANT_UNCOMMITTED, PLANT_UNSTREAMED, PLANT_GAP, PLANT_SKIP, PLANT_WAKE };
 const volatile __u32 planted = 0, planted_every = 1;
 __u64 planted_times = 0;
 
@@ -438,6 +440,25 @@ static __always_inline __u64 bytes_of_page(struct control *c, __u64 page)
 	return c->direct_map + (page - c->pages) / kernel_size_of(struct page) * PAGE_BYTES;
 }
 
+/*
+ * How a request's last record is submitted: with a wake-up if the agent has said that it sleeps, which costs those that find
+ * it awake one load.
+ *
+ * The agent sets the word, looks at the ring, and sleeps for long only if it finds the word still set and the ring still
+ * empty at a second look, milliseconds after the first. The load here may be done before the ring's new position, stored
+ * when the record was reserved, is seen by other CPUs, so the first look may miss it while we miss the word. The store has
+ * left the CPU long before the second look, which finds the record, or finds it being written, and then there is no sleep. A
+ * record reserved after the second look finds the word. If all that were wrong, the agent's sleep has an end of its own, and what
+ * waits for it waits in the ring.
+ */
+static __always_inline __u64 wakes(struct control *c)
+{
+	if (!READ_ONCE(c->sleeps) || plants(PLANT_WAKE))
+		return BPF_RB_NO_WAKEUP;
+	WRITE_ONCE(c->sleeps, 0);
+	return BPF_RB_FORCE_WAKEUP;
+}
+
 enum outcome { APPENDED, NO_ROOM, NOT_COPIED };
 
 struct copy {
@@ -520,7 +541,7 @@ static __always_inline enum outcome append_dynptr(struct control *c, struct cpu 
 	w->head.status = outcome;
 	w->head.flags |= RECORD_LAST;
 	bpf_dynptr_write(&to, 0, &w->head, sizeof(w->head), 0);
-	bpf_ringbuf_submit_dynptr(&to, BPF_RB_NO_WAKEUP);
+	bpf_ringbuf_submit_dynptr(&to, wakes(c));
 	cpu->records++;
 	return outcome;
 }
@@ -530,7 +551,7 @@ struct chunk {
 	__u8 data[CHUNK];
 };
 
-static __always_inline enum outcome append_small(struct cpu *cpu, struct work *w)
+static __always_inline enum outcome append_small(struct control *c, struct cpu *cpu, struct work *w)
 {
 	struct record *to = bpf_ringbuf_reserve(&ring, sizeof(*to), 0);
 	if (!to)
@@ -538,7 +559,7 @@ static __always_inline enum outcome append_small(struct cpu *cpu, struct work *w
 	*to = w->head;
 	to->flags |= RECORD_LAST;
 	to->bytes = to->offset = 0;
-	bpf_ringbuf_submit(to, BPF_RB_NO_WAKEUP);
+	bpf_ringbuf_submit(to, wakes(c));
 	cpu->records++;
 	return APPENDED;
 }
@@ -576,9 +597,12 @@ __attribute__((noinline)) int append_chunk(__u32 unused)
 	to->head.bytes = bytes;
 	to->head.status = copied ? APPENDED : NOT_COPIED;
 	w->left -= bytes;
-	if (!w->left || !copied)
+	__u64 wakeup = BPF_RB_NO_WAKEUP;
+	if (!w->left || !copied) {
 		to->head.flags |= RECORD_LAST;
-	bpf_ringbuf_submit(to, BPF_RB_NO_WAKEUP);
+		wakeup = wakes(c);
+	}
+	bpf_ringbuf_submit(to, wakeup);
 	cpu->records++;
 	if (!copied)
 		return NOT_COPIED;
@@ -733,7 +757,7 @@ static __always_inline int submitted(struct bio *bio, const bool loops)
 		w->left = bytes;
 		outcome = append_chunks(w);
 	} else {
-		outcome = append_small(cpu, w);
+		outcome = append_small(c, cpu, w);
 	}
 	settle(c, cpu, &f, outcome, loops);
 	return 0;

@@ -6,7 +6,7 @@
 #ifndef FARSHORE_CAPTURE_H
 #define FARSHORE_CAPTURE_H
 
-#define LAYOUT_VERSION 3
+#define LAYOUT_VERSION 4
 
 /* Epoch e marks in slot e % SLOTS. */
 #define SLOTS 3
@@ -75,7 +75,7 @@ struct control {
 	__u64 pages;      /* address of page 0's struct page */
 	__u64 direct_map; /* address of page 0's bytes */
 	__u64 map_cells;
-	__u32 unused;
+	__u32 sleeps; /* the reader wants to be woken by the next record; set by the agent, cleared by whoever wakes it */
 	__u32 broken; /* the stream is broken: as if every word said track, until the agent rotates */
 	/* Calibration: a page with known content, found through a file descriptor of the calling process. */
 	__u32 calibrate_tgid, calibrate_fd, calibrate_done, calibrate_step;

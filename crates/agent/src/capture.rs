@@ -20,6 +20,7 @@
 //! A crash of the agent leaves the maps as they are (page cache); a crash of the machine leaves [`Continuity::Lost`].
 
 use std::fmt;
+use std::os::fd::BorrowedFd;
 use std::path::PathBuf;
 
 use replication::sender::Resumption;
@@ -360,6 +361,18 @@ pub trait Capture: Send {
         false
     }
 
+    /// What becomes readable, to an edge-triggered epoll, when something comes after [`Capture::doze`] was called. `None`: this
+    /// capture rings nobody, and has to be asked again and again.
+    fn bell(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+
+    /// Now that [`Capture::next`] has returned `None`: the next thing that comes is to ring the bell. Whether it surely will.
+    /// If not, look once more, after milliseconds and not microseconds, and ask again before sleeping for long.
+    fn doze(&mut self) -> bool {
+        false
+    }
+
     /// Reads the source for a heal or a scrub.
     ///
     /// # Errors
@@ -492,6 +505,14 @@ impl<C: Capture + ?Sized> Capture for Box<C> {
 
     fn ends_gap_with_marker(&self) -> bool {
         (**self).ends_gap_with_marker()
+    }
+
+    fn bell(&self) -> Option<BorrowedFd<'_>> {
+        (**self).bell()
+    }
+
+    fn doze(&mut self) -> bool {
+        (**self).doze()
     }
 
     fn read(&self, disk: DiskId, offset: u64, buffer: &mut [u8]) -> Result<(), BlockError> {

@@ -1,7 +1,7 @@
 //! The running agent: serves the protected disks over NBD and keeps replicating what is written to them.
 //!
-//! Threads: one engine ([`drive`]), one per NBD connection, one for the control socket, one that moves the link's bytes, one
-//! that looks at the devices ([`disk_set`]).
+//! Threads: one engine ([`drive`], woken by [`bell`]), one per NBD connection, one for the control socket, one that moves the
+//! link's bytes, one that looks at the devices ([`disk_set`]).
 //! Disks are served before and whether or not a process server can be reached: protection never stops a machine.
 //!
 //! Order at start: lock, identity, disks, dirty maps, NBD, engine, control. Order of an orderly end: control, NBD, capture
@@ -34,26 +34,31 @@ use crate::hardware::MachineDescription;
 use crate::heal_pace::HealPace;
 use crate::state::{self, StateDir};
 use crate::status::{
-    AgentStatus, HealStatus, LinkStatus, NbdStatus, ProtectionState, RingStatus, STATUS_FORMAT, Watermarks, WriteStatus,
+    AgentStatus, CertificateStatus, HealStatus, LinkStatus, NbdStatus, ProtectionState, RingStatus, STATUS_FORMAT,
+    Watermarks, WriteStatus,
 };
 use crate::system::SystemRoot;
 
+pub(crate) mod bell;
 pub mod control;
 mod detach;
 mod disk_set;
 mod drive;
 pub(crate) mod marks;
 pub mod problem;
+mod renewal;
 pub mod source;
 mod uplink;
 
 pub use detach::detach;
 
+use bell::Bell;
 use control::ControlServer;
 use disk_set::{DiskSet, DiskWatch};
-use drive::{Command, Drive};
+use drive::{Command, Drive, Orders};
 use marks::Points;
 use problem::Problem;
+use renewal::Renewal;
 use source::{CaptureKind, Source, choose_capture};
 use uplink::Uplink;
 
@@ -109,7 +114,7 @@ impl Held {
 pub(crate) struct Shared {
     pub(crate) source: Source,
     pub(crate) clock: Arc<dyn Clock>,
-    pub(crate) commands: SyncSender<Command>,
+    pub(crate) commands: Orders,
     status: Mutex<AgentStatus>,
     started: world::Monotonic,
     pub(crate) consistency: Consistency,
@@ -198,6 +203,7 @@ pub struct Service {
     shared: Arc<Shared>,
     points: Option<Points>,
     watch: Option<DiskWatch>,
+    renewal: Option<Renewal>,
     control: Option<ControlServer>,
     engine: Option<JoinHandle<()>>,
     state: StateDir,
@@ -283,6 +289,7 @@ impl Service {
     pub fn stop(mut self) -> Result<(), Problem> {
         drop(self.points.take());
         drop(self.watch.take());
+        drop(self.renewal.take());
         drop(self.shared.frozen().take());
         drop(self.control.take());
         let nbd = lock(&self.shared.nbd).take();
@@ -328,8 +335,10 @@ impl Service {
 impl Drop for Service {
     fn drop(&mut self) {
         self.shared.aborted.store(true, Ordering::SeqCst);
+        self.shared.commands.wake();
         drop(self.points.take());
         drop(self.watch.take());
+        drop(self.renewal.take());
         drop(self.shared.frozen().take());
         drop(self.control.take());
         drop(lock(&self.shared.nbd).take());
@@ -366,8 +375,11 @@ fn assemble(
     let name = [&config.machine_name, &enrolment.machine_name, &host].into_iter().find(|name| !name.is_empty());
     let name = name.cloned().unwrap_or_else(|| machine.to_string());
     let boot = state::boot_id()?;
-    let uplink = uplink(identity, addresses, options.clock.clone())?;
-    let find_server = find_server(config, &state, options.clock.clone());
+    let bell = Bell::new()
+        .map(Arc::new)
+        .map_err(|error| Problem::caused("the agent cannot start", &error, "raise the limit of open files"))?;
+    let uplink = uplink(identity, addresses, options.clock.clone(), bell.clone())?;
+    let find_server = find_server(config, &state, options.clock.clone(), bell.clone());
     let (engine_thread, drive) = engine_thread()?;
 
     let (source, capture) = Source::open(kind, config, &state, &found, options.clock.clone(), machine, boot)?;
@@ -377,7 +389,7 @@ fn assemble(
         started: options.clock.monotonic(),
         source,
         clock: options.clock.clone(),
-        commands,
+        commands: Orders::new(commands, bell.clone()),
         consistency: Consistency::new(config, &state),
         frozen: Mutex::new(None),
         nbd: Mutex::new(None),
@@ -398,7 +410,8 @@ fn assemble(
     };
     let (nbd_tcp, control, points) =
         begin(&mut register).inspect_err(|_| give_up(&shared, &engine, &state, &mut register, &found))?;
-    let work = Drive::new(engine, uplink, find_server, received, shared.clone());
+    let proof_every = Duration::from_millis(config.proof_every_ms);
+    let work = Drive::new(engine, uplink, find_server, (received, bell), proof_every, shared.clone());
     drive.send(work).expect("the engine's thread waits for its work");
     describe_machine(&shared);
     tracing::info!(
@@ -416,10 +429,14 @@ fn assemble(
     } else {
         None
     };
+    let renewal = Renewal::start(&shared, state.clone(), config.server_addresses.clone())
+        .inspect_err(|error| tracing::warn!(%error, "the certificate is renewed by the next start only"))
+        .ok();
     Ok(Service {
         shared,
         points,
         watch,
+        renewal,
         control: Some(control),
         engine: Some(engine_thread),
         state,
@@ -493,11 +510,11 @@ fn choose(configured: &[String], enrolled: &[String]) -> Vec<String> {
 }
 
 /// Makes the way to the server that the state directory names when it is called.
-fn find_server(config: &AgentConfig, state: &StateDir, clock: Arc<dyn Clock>) -> drive::FindServer {
+fn find_server(config: &AgentConfig, state: &StateDir, clock: Arc<dyn Clock>, bell: Arc<Bell>) -> drive::FindServer {
     let (configured, state) = (config.server_addresses.clone(), state.clone());
     Box::new(move || {
         let addresses = choose(&configured, &state.enrolment().server_addresses);
-        uplink(state.joined_identity()?, addresses, clock.clone())
+        uplink(state.joined_identity()?, addresses, clock.clone(), bell.clone())
     })
 }
 
@@ -557,12 +574,17 @@ fn engine(
     Ok(engine)
 }
 
-fn uplink(identity: LinkIdentity, addresses: Vec<String>, clock: Arc<dyn Clock>) -> Result<Uplink, Problem> {
+fn uplink(
+    identity: LinkIdentity,
+    addresses: Vec<String>,
+    clock: Arc<dyn Clock>,
+    bell: Arc<Bell>,
+) -> Result<Uplink, Problem> {
     let runtime = LinkRuntime::new(LINK_THREADS)
         .map_err(|error| Problem::caused("the agent cannot start", &error, "raise the limit of threads"))?;
     let trust = Trust::new(identity.authority.clone(), clock.clone(), DenyList::default());
     let connector = Connector::new(runtime, identity, trust, clock.clone());
-    Ok(Uplink::new(connector, addresses, clock))
+    Ok(Uplink::new(connector, addresses, clock, bell))
 }
 
 fn serve_disks(
@@ -611,6 +633,7 @@ fn first_status(
         capture: kind.name().to_owned(),
         scan: None,
         link: LinkStatus::default(),
+        certificate: CertificateStatus::default(),
         watermarks: Watermarks::default(),
         ring: RingStatus { used_bytes: 0, max_bytes: config.ring_bytes_max },
         heal: HealStatus::default(),

@@ -1,7 +1,7 @@
 //! The state directory: who this agent is, which disks it knows, and on which commit its maps rest.
 //!
 //! ```text
-//! identity          key and certificate (link), owner only
+//! identity          key and certificate (link), owner only; identity.lock while it is replaced
 //! enrolment         machine name and server addresses of the join
 //! disks             numbers of the disks, assigned once
 //! cleared           the newest commit on which maps were cleared
@@ -35,6 +35,8 @@ use crate::service::problem::{Problem, chain};
 const IDENTITY: &str = "identity";
 /// The identity for another server, until it takes the place of the one before.
 const NEXT_IDENTITY: &str = "identity.next";
+/// Held while the identity is replaced.
+const IDENTITY_LOCK: &str = "identity.lock";
 const ENROLMENT: &str = "enrolment";
 const CLEARED: &str = "cleared";
 const STREAM: &str = "stream";
@@ -187,8 +189,9 @@ impl StateDir {
             self.write(ENROLMENT, enrolment)
                 .map_err(|error| Problem::caused("the join cannot be recorded", &error, "make room, then repeat it"))
         };
+        // Whose certificate has ended may have nothing to renew it with any more.
         if let Some(known) = self.identity()?
-            && link::trust::fingerprint(&known.authority) != token.fingerprint
+            && (link::trust::fingerprint(&known.authority) != token.fingerprint || known.has_ended(clock.wall()))
         {
             let moved = self.join_another(runtime, clock, token, addresses, &known)?;
             record(&enrolment)?;
@@ -240,7 +243,31 @@ impl StateDir {
         Ok(joined)
     }
 
+    /// Keeps a renewed identity in the place of the one that it was renewed from, durably; whether that was still there. A join
+    /// that ran meanwhile is not undone.
+    pub(crate) fn renew_identity(&self, from: &LinkIdentity, renewed: &LinkIdentity) -> Result<bool, Problem> {
+        let _held = self.hold_identity()?;
+        if self.identity()?.is_none_or(|now| now.certificate != from.certificate) {
+            return Ok(false);
+        }
+        let kept = renewed.store(&self.files, IDENTITY);
+        kept.map_err(|error| Problem::caused("the renewed certificate cannot be kept", &error, "make room"))
+            .map(|()| true)
+    }
+
+    /// Keeps others from replacing the identity for as long as the result lives.
+    fn hold_identity(&self) -> Result<File, Problem> {
+        let problem = |error: io::Error| {
+            Problem::caused("the identity cannot be replaced", &error, "use a local file system that supports locks")
+        };
+        let path = self.path.join(IDENTITY_LOCK);
+        let file = OpenOptions::new().create(true).truncate(false).write(true).open(&path).map_err(problem)?;
+        rustix::fs::flock(&file, FlockOperation::LockExclusive).map_err(|error| problem(error.into()))?;
+        Ok(file)
+    }
+
     fn replace_identity(&self, identity: &LinkIdentity) -> Result<(), Problem> {
+        let _held = self.hold_identity()?;
         identity.store(&self.files, IDENTITY).map_err(|error| {
             Problem::caused("the new identity cannot be kept", &error, "make room, then repeat it with the same token")
         })?;

@@ -73,6 +73,9 @@ pub struct AgentStatus {
     pub scan: Option<ScanStatus>,
     /// The link to the process server.
     pub link: LinkStatus,
+    /// With what it shows itself there.
+    #[serde(default)]
+    pub certificate: CertificateStatus,
     /// How far changes have come.
     pub watermarks: Watermarks,
     /// The send buffer.
@@ -101,6 +104,15 @@ pub struct LinkStatus {
     pub last_error: String,
     /// Sessions since the start.
     pub sessions: u64,
+}
+
+/// The certificate that a process server accepts this machine by.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CertificateStatus {
+    /// When it ends; it is renewed when a third of its life is left.
+    pub ends: String,
+    /// Why it was not renewed although it is time, and how long it is accepted; empty if all is well.
+    pub problem: String,
 }
 
 /// Positions, written `generation.number`.

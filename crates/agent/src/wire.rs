@@ -1,5 +1,6 @@
 //! Replication messages over a TLS connection: encoded without copying disk data, never blocking the engine.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use link::{Connection, Frame, FrameLink, LinkError, TrySend};
@@ -13,15 +14,13 @@ pub struct LinkWire {
     connection: Connection,
     /// Encoded, but the connection had no room yet.
     stuck: Option<Frame>,
-    /// Arrived while waiting, not yet looked at.
-    arrived: Option<Frame>,
     welcomed: bool,
 }
 
 impl LinkWire {
     /// A wire over `connection`, on which nothing was sent yet.
     pub fn new(connection: Connection) -> LinkWire {
-        LinkWire { connection, stuck: None, arrived: None, welcomed: false }
+        LinkWire { connection, stuck: None, welcomed: false }
     }
 
     /// The connection.
@@ -39,12 +38,9 @@ impl LinkWire {
         self.stuck.is_some()
     }
 
-    /// Returns when a frame has arrived, the connection has ended, or `limit` is over.
-    pub fn wait(&mut self, limit: Duration) {
-        if self.arrived.is_none() {
-            // How it ended is told by the next try.
-            self.arrived = self.connection.recv(limit).ok().flatten();
-        }
+    /// Has `bell` called, by other threads, whenever [`Wire::try_receive`] has something to say.
+    pub fn ring_with(&self, bell: Arc<dyn Fn() + Send + Sync>) {
+        self.connection.ring_with(bell);
     }
 
     /// Says good-bye and waits until the peer's side of the link has it.
@@ -83,13 +79,7 @@ impl Wire for LinkWire {
 
     fn try_receive(&mut self) -> Result<Option<Message>, WireClosed> {
         self.unstick()?;
-        let frame = match self.arrived.take() {
-            Some(frame) => frame,
-            None => match self.connection.try_recv().map_err(closed)? {
-                Some(frame) => frame,
-                None => return Ok(None),
-            },
-        };
+        let Some(frame) = self.connection.try_recv().map_err(closed)? else { return Ok(None) };
         let message = decode(frame).map_err(WireClosed)?;
         self.welcomed |= matches!(message, Message::Welcome(_));
         Ok(Some(message))

@@ -2,20 +2,23 @@
 //! receiver that keeps everything in memory. Needs root and BTF; says SKIPPED otherwise.
 #![cfg(all(target_os = "linux", target_arch = "x86_64"))]
 
+#[path = "site/ledger.rs"]
+mod ledger;
 #[path = "site/loops.rs"]
 mod loops;
+#[path = "site/points.rs"]
+mod points;
 #[path = "site/process.rs"]
 mod process;
 mod site;
 #[path = "site/waits.rs"]
 mod waits;
 
-use std::fs::{File, OpenOptions};
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::thread::{self, JoinHandle};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use agent::capture::ebpf;
@@ -25,41 +28,53 @@ use agent::service::problem::ProblemKind;
 use agent::service::{Service, ServiceOptions};
 use agent::state::StateDir;
 use agent::status::{AgentStatus, ProtectionState};
+use ledger::{Ledger, Load, number};
 use loops::{Loop, skip, succeeds};
+use points::Image;
 use process::Agent;
 use replication::wire::HealNeed;
-use replication::{Change, ChangeKind, DiskId};
+use replication::{ChangeKind, DiskId};
 use site::Server;
 use waits::{settle, status_of, wait_for, wait_protected};
 use world::{Access, BlockDevice, Entropy, FileDevice, SystemClock, SystemEntropy};
 
 const DISK_BYTES: u64 = 96 << 20;
-/// A protected machine with one disk: ext4 on a loop device.
+/// Points opened of ext4, and of each other file system, whose disks are larger: half of them marked, half anywhere.
+const POINTS: usize = 24;
+const POINTS_OF_OTHERS: usize = 14;
+
+/// A protected machine with one disk: a file system on a loop device.
 struct Machine {
     config: AgentConfig,
     folder: PathBuf,
     disk: Loop,
+    bytes: u64,
 }
 
 impl Machine {
     fn new(server: &Server, test: &str, ring_bytes_max: u64) -> Option<Machine> {
+        Machine::with(server, test, ring_bytes_max, "ext4", DISK_BYTES)
+    }
+
+    fn with(server: &Server, test: &str, ring_bytes_max: u64, fs_type: &'static str, bytes: u64) -> Option<Machine> {
         if let Err(why) = ebpf::support::check_machine() {
             skip(test, &why);
             return None;
         }
-        let folder = server.folder(test);
+        let pins = test.replace('/', "-");
+        let folder = server.folder(&pins);
         std::fs::create_dir_all(&folder).expect("created");
         let (image, mount) = (folder.join("disk.img"), folder.join("mnt"));
-        let disk = Loop::make_with(test, &image, DISK_BYTES, "ext4", &mount, "discard")?;
+        let disk = Loop::make_with(test, &image, bytes, fs_type, &mount, "discard")?;
         let mut config = AgentConfig::new(folder.join("state"));
         config.rotate_every_ms = 200;
         config.proof_every_ms = 50;
         config.ring_bytes_max = ring_bytes_max;
-        config.ebpf_pins = Some(PathBuf::from(format!("/sys/fs/bpf/farshore-{test}-{}", std::process::id())));
+        config.ebpf_pins = Some(PathBuf::from(format!("/sys/fs/bpf/farshore-{pins}-{}", std::process::id())));
         config.disks.push(DiskConfig { capture: CaptureChoice::Ebpf, ..DiskConfig::new("disk", &disk.device) });
         let state = StateDir::open(&config.state_dir).expect("opens");
         state.join(&server.runtime, Arc::new(SystemClock), &server.token(), test, &[]).expect("joins");
-        Some(Machine { config, folder, disk })
+        Some(Machine { config, folder, disk, bytes })
     }
 
     fn start(&self) -> Service {
@@ -78,7 +93,7 @@ impl Machine {
 
     fn assert_replicated(&self, server: &Server) {
         let device = FileDevice::open_direct(&self.disk.device).expect("opens");
-        let mut content = vec![0; DISK_BYTES as usize];
+        let mut content = vec![0; self.bytes as usize];
         device.read_at(0, &mut content).expect("readable");
         let store = server.store();
         let replica = &store.replicas[&DiskId(0)].bytes;
@@ -97,69 +112,6 @@ impl Drop for Machine {
 #[test]
 fn an_agent_of_its_own() {
     process::be_one();
-}
-
-fn number() -> u64 {
-    u64::from_le_bytes((&SystemEntropy as &dyn Entropy).bytes())
-}
-
-/// File-system load: files written, overwritten, truncated, removed, synced, through the page cache and past it.
-struct Load {
-    stop: Arc<AtomicBool>,
-    threads: Vec<JoinHandle<()>>,
-}
-
-impl Load {
-    fn start(folder: &Path) -> Load {
-        let stop = Arc::new(AtomicBool::new(false));
-        let threads = (0..2)
-            .map(|worker| {
-                let (stop, folder) = (stop.clone(), folder.to_owned());
-                thread::spawn(move || {
-                    while !stop.load(Ordering::SeqCst) {
-                        storm(&folder, worker);
-                        thread::sleep(Duration::from_millis(2));
-                    }
-                })
-            })
-            .collect();
-        Load { stop, threads }
-    }
-
-    fn end(self) {
-        self.stop.store(true, Ordering::SeqCst);
-        self.threads.into_iter().for_each(|thread| thread.join().expect("the load does not panic"));
-    }
-}
-
-fn storm(folder: &Path, worker: u64) {
-    let path = folder.join(format!("file-{worker}-{}", number() % 12));
-    match number() % 10 {
-        0 => drop(std::fs::remove_file(&path)),
-        1 => {
-            if let Ok(file) = OpenOptions::new().write(true).open(&path) {
-                let _ = file.set_len(number() % 500_000);
-            }
-        }
-        kind => {
-            let direct = kind == 2;
-            let flags = if direct { rustix::fs::OFlags::DIRECT.bits().cast_signed() } else { 0 };
-            let Ok(file) = OpenOptions::new().create(true).truncate(false).write(true).custom_flags(flags).open(&path)
-            else {
-                return;
-            };
-            let len = if direct { 8192 } else { 1 + (number() % 200_000) as usize };
-            let mut data = vec![0; len + 4096];
-            SystemEntropy.fill(&mut data);
-            let shift = data.as_ptr().align_offset(4096);
-            let at = if direct { number() % 64 * 4096 } else { number() % 300_000 };
-            // A full file system is no matter here.
-            let _ = file.write_all_at(&data[shift..shift + len], at);
-            if kind < 5 {
-                let _ = rustix::fs::fsync(&file);
-            }
-        }
-    }
 }
 
 #[test]
@@ -246,101 +198,27 @@ fn a_killed_agent_costs_no_gap() {
     assert!(store.needs[1..].iter().all(|need| *need == HealNeed::Nothing), "{:?}", store.needs);
 }
 
-/// Writes in an order that a crash must keep: A, synced; then B, synced; then a line to a log, synced.
-struct Ledger {
-    stop: Arc<AtomicBool>,
-    synced: Arc<AtomicU64>,
-    thread: JoinHandle<()>,
-}
-
-impl Ledger {
-    fn start(folder: &Path) -> Ledger {
-        let (stop, synced) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
-        let flags = (rustix::fs::OFlags::DIRECT | rustix::fs::OFlags::DSYNC).bits().cast_signed();
-        let open = |name: &str, flags: i32| {
-            let mut options = OpenOptions::new();
-            options.create(true).truncate(false).read(true).write(true).custom_flags(flags);
-            options.open(folder.join(name)).expect("created")
-        };
-        let (a, b, log) = (open("A", flags), open("B", 0), open("log", 0));
-        let mut memory = vec![0u8; 8192];
-        let shift = memory.as_ptr().align_offset(4096);
-        let block = shift..shift + 4096;
-        a.write_all_at(&memory[block.clone()], 0).expect("written");
-        b.write_all_at(&[0; 8], 0).expect("written");
-        rustix::fs::fsync(&b).expect("synced");
-        rustix::fs::fsync(&a).expect("synced");
-        rustix::fs::fsync(&log).expect("synced");
-        let thread = thread::spawn({
-            let (stop, synced) = (stop.clone(), synced.clone());
-            move || {
-                for round in 1u64.. {
-                    if stop.load(Ordering::SeqCst) {
-                        return;
-                    }
-                    memory[shift..shift + 8].copy_from_slice(&round.to_le_bytes());
-                    memory[shift + 4088..shift + 4096].copy_from_slice(&round.to_le_bytes());
-                    a.write_all_at(&memory[block.clone()], 0).expect("written");
-                    b.write_all_at(&round.to_le_bytes(), 0).expect("written");
-                    rustix::fs::fsync(&b).expect("synced");
-                    log.write_all_at(&round.to_le_bytes(), (round - 1) * 8).expect("written");
-                    rustix::fs::fsync(&log).expect("synced");
-                    synced.store(round, Ordering::SeqCst);
-                    // Slow enough that the points differ in what was synced and not only in what was in flight.
-                    thread::sleep(Duration::from_millis(1));
-                }
-            }
-        });
-        Ledger { stop, synced, thread }
-    }
-
-    fn end(self) {
-        self.stop.store(true, Ordering::SeqCst);
-        self.thread.join().expect("the ledger does not panic");
-    }
-
-    /// What is wrong with the ledger in `folder`, in which at least `promised` rounds must be.
-    fn judge(folder: &Path, promised: u64) -> Result<u64, String> {
-        let read = |name: &str| std::fs::read(folder.join(name)).map_err(|error| format!("{name}: {error}"));
-        let word = |bytes: &[u8]| bytes.first_chunk().map_or(0, |word| u64::from_le_bytes(*word));
-        let (a, b, log) = (read("A")?, word(&read("B")?), read("log")?);
-        let (first, last) = (word(&a), word(&a[4088.min(a.len())..]));
-        if first != last {
-            return Err(format!("A is torn: {first} and {last}"));
-        }
-        if first != b && first != b + 1 {
-            return Err(format!("A is {first} and B is {b}"));
-        }
-        let lines: Vec<u64> = log.chunks_exact(8).map(word).collect();
-        // The last write may be there before its size is, or the other way round it may be cut off; never a hole.
-        let whole = lines.iter().enumerate().take_while(|(index, line)| **line == *index as u64 + 1).count() as u64;
-        if whole + 1 < b || whole > b {
-            return Err(format!("the log has {whole} lines and B is {b}"));
-        }
-        if whole < promised {
-            return Err(format!("{promised} rounds were synced before the point, the log has {whole}"));
-        }
-        Ok(whole)
-    }
-}
-
-#[test]
-fn every_point_keeps_the_order_of_syncs() {
+/// Points of a machine whose file system is `fs_type`: each is mounted, its ledger judged, its file system checked.
+fn every_point_keeps_the_order(test: &str, fs_type: &'static str, bytes: u64, count: usize) {
     let server = Server::start(false);
-    let Some(mut machine) = Machine::new(&server, "every_point_keeps_the_order_of_syncs", 64 << 20) else { return };
+    let Some(mut machine) = Machine::with(&server, test, 64 << 20, fs_type, bytes) else { return };
     let ledger = Ledger::start(&machine.disk.mount);
-    let load = Load::start(&machine.disk.mount);
     let service = machine.start();
     wait_protected(|| Some(service.status()));
+    let load = Load::start(&machine.disk.mount);
+    let folder = machine.folder.clone();
     let base = {
         let mut store = server.store();
         store.log = Some(Vec::new());
-        store.replicas[&DiskId(0)].bytes.clone()
+        Image::make(&folder.join("base.img"), &store.replicas[&DiskId(0)].bytes)
     };
     let gaps = server.store().gaps.len();
-    for _ in 0..12 {
+    for _ in 0..count / 2 {
+        // However slow the machine is: points are to differ.
+        let rounds = ledger.synced();
         thread::sleep(Duration::from_millis(120));
-        let name = format!("{}", ledger.synced.load(Ordering::SeqCst));
+        wait_for("the ledger goes on", || ledger.synced() > rounds + 2);
+        let name = format!("{}", ledger.synced());
         let marked = ask(&machine.config.control_socket(), &Request::Mark { name, wait_ms: 0 });
         assert!(matches!(marked, Ok(Answer::Marked { .. })), "{marked:?}");
     }
@@ -353,55 +231,57 @@ fn every_point_keeps_the_order_of_syncs() {
 
     let log = server.store().log.take().expect("it was put there");
     let marks: Vec<usize> = (0..log.len()).filter(|at| matches!(log[*at].kind, ChangeKind::Marker { .. })).collect();
-    assert_eq!(marks.len(), 12, "every marker arrived");
-    let random = (0..12).map(|_| (number() % log.len() as u64) as usize);
+    assert_eq!(marks.len(), count / 2, "every marker arrived");
+    let random = (0..count / 2).map(|_| (number() % log.len() as u64) as usize);
     // A cut never divides a bio.
     let whole = random.map(|at| (at..log.len()).find(|at| !log[*at].continues).expect("the last is whole"));
     let mut points: Vec<usize> = marks.into_iter().chain(whole).collect();
     points.sort_unstable();
     let mut found = Vec::new();
+    let mut image = base.copy(&folder.join("good.img"));
     for &at in &points {
-        let outcome = open_point(&machine.folder, &base, &log[..=at]);
-        found.push(outcome.unwrap_or_else(|problem| panic!("after change {at} of {}: {problem}", log.len())));
+        image.advance(&log, at, |_| true);
+        let outcome = image.open(fs_type, &folder);
+        found
+            .push(outcome.unwrap_or_else(|problem| panic!("{fs_type}, after change {at} of {}: {problem}", log.len())));
     }
+    println!(
+        "{} points of {fs_type} opened, with {} to {} synced rounds",
+        found.len(),
+        found[0],
+        found[found.len() - 1]
+    );
     assert!(found.is_sorted(), "later points have more: {found:?}");
     assert!(found[found.len() - 1] > found[0] + 20, "the points differ: {found:?}");
 
+    if fs_type != "ext4" {
+        return;
+    }
     // The check itself can fail: the same points without one change in a hundred. Later writes mend much of that, so
     // not every point shows it.
-    let noticed = points.iter().any(|at| {
-        let holes = log[..=*at].iter().enumerate().filter(|(at, _)| at % 100 != 50).map(|(_, change)| change.clone());
-        open_point(&machine.folder, &base, &holes.collect::<Vec<Change>>()).is_err()
+    let noticed = [50, 10, 90].into_iter().any(|lost| {
+        let mut spoiled = base.copy(&folder.join("spoiled.img"));
+        points.iter().any(|at| {
+            spoiled.advance(&log, *at, |index| index % 100 != lost);
+            spoiled.open(fs_type, &folder).is_err()
+        })
     });
     assert!(noticed, "losing one write in a hundred is noticed");
 }
 
-/// Mounts the disk as it was after `changes`, judges the ledger in it, and has the file system checked.
-fn open_point(folder: &Path, base: &[u8], changes: &[Change]) -> Result<u64, String> {
-    let image = folder.join("point.img");
-    let mut content = base.to_vec();
-    let mut promised = 0;
-    for change in changes {
-        match &change.kind {
-            ChangeKind::Write { range, data } => content[range.within(0)].copy_from_slice(data),
-            ChangeKind::Zero { range } | ChangeKind::Discard { range } => content[range.within(0)].fill(0),
-            ChangeKind::Marker { name, .. } => promised = name.parse().expect("a number"),
-            _ => {}
-        }
-    }
-    std::fs::write(&image, content).map_err(|error| error.to_string())?;
-    let mut point = Loop::attach(&image, "ext4", &folder.join("point")).ok_or("no loop device")?;
-    if !point.mount("ro") {
-        // A journal that has to be replayed wants a writable device, which it is; anything else is damage.
-        return Err("it cannot be mounted".to_owned());
-    }
-    let judged = Ledger::judge(&point.mount, promised);
-    point.unmount();
-    let judged = judged?;
-    if !succeeds("e2fsck", &["-fn", &point.device.display().to_string()]) {
-        return Err("the file system is damaged".to_owned());
-    }
-    Ok(judged)
+#[test]
+fn every_point_keeps_the_order_of_syncs_on_ext4() {
+    every_point_keeps_the_order("every_point_keeps_the_order_of_syncs/ext4", "ext4", DISK_BYTES, POINTS);
+}
+
+#[test]
+fn every_point_keeps_the_order_of_syncs_on_xfs() {
+    every_point_keeps_the_order("every_point_keeps_the_order_of_syncs/xfs", "xfs", 320 << 20, POINTS_OF_OTHERS);
+}
+
+#[test]
+fn every_point_keeps_the_order_of_syncs_on_btrfs() {
+    every_point_keeps_the_order("every_point_keeps_the_order_of_syncs/btrfs", "btrfs", 256 << 20, POINTS_OF_OTHERS);
 }
 
 #[test]
@@ -438,6 +318,56 @@ fn detach_takes_the_programs_down_when_no_agent_runs() {
     machine.assert_replicated(&server);
     assert_eq!(server.store().whole_heals, 2);
     service.stop().expect("stops in order");
+}
+
+/// Processor time of a process so far.
+fn processor_time(pid: u32) -> Duration {
+    let threads = std::fs::read_dir(format!("/proc/{pid}/task")).expect("it runs");
+    let of_one = |folder: PathBuf| {
+        let text = std::fs::read_to_string(folder.join("schedstat")).unwrap_or_default();
+        text.split(' ').next().and_then(|word| word.parse().ok()).unwrap_or(0)
+    };
+    Duration::from_nanos(threads.flatten().map(|thread| of_one(thread.path())).sum())
+}
+
+#[test]
+fn an_idle_agent_costs_little_and_wakes_at_once() {
+    const WATCHED: Duration = Duration::from_secs(6);
+    let server = Server::start(false);
+    let test = "an_idle_agent_costs_little_and_wakes_at_once";
+    let Some(mut machine) = Machine::new(&server, test, 64 << 20) else { return };
+    // The longest sleep.
+    machine.config.proof_every_ms = 2000;
+    machine.config.rotate_every_ms = 10_000;
+    let agent = machine.spawn();
+    settle(|| machine.status());
+    // What the file system of a machine at rest writes by itself is over soon.
+    thread::sleep(Duration::from_secs(2));
+    let before = processor_time(agent.0.id());
+    thread::sleep(WATCHED);
+    let spent = processor_time(agent.0.id()) - before;
+    println!("{:.3} % of a core", spent.as_secs_f64() / WATCHED.as_secs_f64() * 100.0);
+    assert!(spent < WATCHED / 200, "an idle agent took {spent:?} in {WATCHED:?}");
+    // A write after a rest arrives long before a sleep would have ended by itself.
+    let file = File::create(machine.disk.mount.join("rare")).expect("created");
+    let mut took: Vec<Duration> = (0..9u64)
+        .map(|round| {
+            thread::sleep(Duration::from_millis(700));
+            let before = server.store().stream_bytes;
+            let since = Instant::now();
+            file.write_all_at(&[round as u8; 4096], round << 12).expect("written");
+            rustix::fs::fsync(&file).expect("synced");
+            wait_for("the write arrives", || server.store().stream_bytes > before);
+            since.elapsed()
+        })
+        .collect();
+    took.sort_unstable();
+    println!("a write after a rest arrives after {took:?}");
+    assert!(took[4] < Duration::from_millis(80), "half of them within {:?}", took[4]);
+    drop(file);
+    machine.disk.unmount();
+    settle(|| machine.status());
+    machine.assert_replicated(&server);
 }
 
 /// Anonymous memory of a process, in bytes: what it has besides programs, mapped files and the kernel's ring.

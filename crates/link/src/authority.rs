@@ -92,6 +92,8 @@ pub struct Authority {
     key: PrivateKey,
     certificate: CertificateDer<'static>,
     denied: DenyList,
+    /// How long what it issues is valid.
+    lifetime: Duration,
 }
 
 impl Authority {
@@ -128,9 +130,16 @@ impl Authority {
             key,
             certificate,
             denied: DenyList::default(),
+            lifetime: Duration::from_secs(CERTIFICATE_DAYS * DAY_SECONDS),
         };
         authority.load_denied()?;
         Ok(authority)
+    }
+
+    /// The same authority, whose certificates are valid for `lifetime` from now on, [`CERTIFICATE_DAYS`] otherwise.
+    pub fn with_lifetime(mut self, lifetime: Duration) -> Authority {
+        self.lifetime = lifetime;
+        self
     }
 
     /// The authority's certificate, DER.
@@ -156,7 +165,7 @@ impl Authority {
         let issuer = Issuer::from_ca_cert_der(&self.certificate, &self.key).map_err(certificate_error)?;
         let now = self.clock.wall().seconds();
         let mut params = CertificateParams::default();
-        set_validity(&mut params, now, CERTIFICATE_DAYS);
+        set_validity(&mut params, now, self.lifetime);
         params.serial_number = Some(serial(&*self.entropy));
         params.distinguished_name = named(&peer.to_string());
         params.subject_alt_names = vec![SanType::URI(
@@ -395,7 +404,7 @@ pub(crate) fn requested_key(request: &[u8]) -> Result<PublicKey, AuthorityError>
 fn make_authority(entropy: &dyn Entropy, now: WallTime) -> Result<Zeroizing<Vec<u8>>, AuthorityError> {
     let key = PrivateKey::generate(entropy);
     let mut params = CertificateParams::default();
-    set_validity(&mut params, now.seconds(), AUTHORITY_DAYS);
+    set_validity(&mut params, now.seconds(), Duration::from_secs(AUTHORITY_DAYS * DAY_SECONDS));
     params.serial_number = Some(serial(entropy));
     // A name of its own, so that another installation's certificates fail as strangers, not as forgeries.
     params.distinguished_name = named(&format!("Farshore authority {}", hex(&entropy.bytes::<8>())));
@@ -411,14 +420,14 @@ pub(crate) fn parse_authority(stored: &[u8]) -> Result<(PrivateKey, CertificateD
     Ok((key, CertificateDer::from(certificate.to_vec())))
 }
 
-/// Valid from shortly before `now` (seconds since 1970) for `days`.
-fn set_validity(params: &mut CertificateParams, now: u64, days: u64) {
+/// Valid from shortly before `now` (seconds since 1970), and for `lifetime` from then on.
+fn set_validity(params: &mut CertificateParams, now: u64, lifetime: Duration) {
     // Certificates write four-digit years; a clock beyond them is wrong, and adding to it must not overflow.
     const LATEST: u64 = 250_000_000_000;
     let epoch = rcgen::date_time_ymd(1970, 1, 1);
     let at = |seconds: u64| epoch + Duration::from_secs(seconds.min(LATEST));
     params.not_before = at(now.saturating_sub(BACKDATE_DAYS * DAY_SECONDS));
-    params.not_after = at(now.saturating_add(days * DAY_SECONDS));
+    params.not_after = at(now.saturating_add(lifetime.as_secs()));
 }
 
 fn named(name: &str) -> DistinguishedName {

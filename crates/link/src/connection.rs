@@ -44,6 +44,12 @@ impl Connection {
         self.shared.close(timeout)
     }
 
+    /// Has `bell` called whenever there is something for [`FrameLink::recv`], the end of the connection included; at once if
+    /// there is already. It is called by the threads that move bytes: it must not block, nor use the connection.
+    pub fn ring_with(&self, bell: Arc<dyn Fn() + Send + Sync>) {
+        self.shared.incoming.ring_with(bell);
+    }
+
     /// Why the connection ended, if it did.
     pub fn end(&self) -> Option<LinkError> {
         self.shared.cause()

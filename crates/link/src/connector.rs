@@ -110,6 +110,16 @@ impl Connector {
         Connector { runtime, identity, trust, clock: ClockHandle(clock) }
     }
 
+    /// Who connects.
+    pub fn identity(&self) -> &LinkIdentity {
+        &self.identity
+    }
+
+    /// The same with another identity of the same authority.
+    pub fn with_identity(&self, identity: LinkIdentity) -> Connector {
+        Connector { identity, ..self.clone() }
+    }
+
     /// Connects to `address` (`host:port`). Blocks until both sides have accepted each other; not for async callers.
     ///
     /// # Errors

@@ -9,9 +9,9 @@ use rustls::pki_types::{CertificateDer, PrivatePkcs8KeyDer};
 use world::{Entropy, Files, WallTime, durable};
 use zeroize::Zeroizing;
 
-use crate::limits::RENEW_BEFORE_DAYS;
+use crate::limits::{BACKDATE_DAYS, RENEW_BEFORE_SHARE, TRUST_GRACE_DAYS};
 use crate::record::{self, Kind, RecordError};
-use crate::renew::end_of;
+use crate::renew::validity_of;
 use crate::token::hex;
 
 const DAY_SECONDS: u64 = 86_400;
@@ -277,9 +277,31 @@ impl LinkIdentity {
             .map_err(|source| IdentityError::Storage { path: path.to_owned(), source })
     }
 
+    /// When its certificate ends.
+    pub fn ends(&self) -> WallTime {
+        WallTime::from_seconds(validity_of(&self.certificate).1)
+    }
+
+    /// From when on its certificate is to be renewed: the last third of its life.
+    pub fn due(&self) -> WallTime {
+        let (begins, ends) = validity_of(&self.certificate);
+        let life = ends.saturating_sub(begins.saturating_add(BACKDATE_DAYS * DAY_SECONDS));
+        WallTime::from_seconds(ends.saturating_sub(life / RENEW_BEFORE_SHARE))
+    }
+
+    /// Until when peers with the usual grace accept it.
+    pub fn accepted_until(&self) -> WallTime {
+        WallTime::from_seconds(self.ends().seconds().saturating_add(TRUST_GRACE_DAYS * DAY_SECONDS))
+    }
+
     /// Whether its certificate is near its end, or beyond it, at `now`.
     pub fn is_due(&self, now: WallTime) -> bool {
-        end_of(&self.certificate).saturating_sub(now.seconds()) <= RENEW_BEFORE_DAYS * DAY_SECONDS
+        now >= self.due()
+    }
+
+    /// Whether its certificate has ended at `now`. It may still be accepted.
+    pub fn has_ended(&self, now: WallTime) -> bool {
+        now > self.ends()
     }
 
     pub(crate) fn encode(&self) -> Zeroizing<Vec<u8>> {

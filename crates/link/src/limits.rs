@@ -52,9 +52,9 @@ pub const CLOSE_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// How long a certificate is valid, in days.
 pub const CERTIFICATE_DAYS: u64 = 90;
-/// A certificate is renewed when no more than this many days are left: a server's own at its start, a recovery host's when
-/// it brings a branch home.
-pub const RENEW_BEFORE_DAYS: u64 = 30;
+/// A certificate is renewed when no more than this part of its life is left: a server's own and an agent's while they run, a
+/// recovery host's when it brings a branch home.
+pub const RENEW_BEFORE_SHARE: u64 = 3;
 /// How long the authority's own certificate is valid, in days. Its validity is never checked on links.
 pub const AUTHORITY_DAYS: u64 = 36_500;
 /// Certificates begin this many days before their issue, for peers whose clock is behind.

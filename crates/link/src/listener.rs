@@ -4,8 +4,8 @@
 //! of their mistakes reaches anybody but the log.
 
 use std::net::SocketAddr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use rustls::ServerConfig;
@@ -67,7 +67,9 @@ pub struct Listener {
 
 /// Where strangers become peers.
 struct Hall {
-    config: Arc<ServerConfig>,
+    config: RwLock<Arc<ServerConfig>>,
+    joins: Joins,
+    clock: ClockHandle,
     trust: Trust,
     admission: Option<Arc<dyn Admission>>,
     accepted: Queue<Arc<Shared>>,
@@ -84,13 +86,15 @@ impl Listener {
     pub fn bind(runtime: &LinkRuntime, address: &str, reception: Reception) -> Result<Listener, LinkError> {
         let joins = if reception.admission.is_some() { Joins::Taken } else { Joins::NotTaken };
         let clock = ClockHandle(reception.clock);
-        let config = tls::server_config(&reception.identity, &reception.trust, clock, joins)?;
+        let config = tls::server_config(&reception.identity, &reception.trust, clock.clone(), joins)?;
         let cannot = |source| LinkError::CannotListen { address: address.to_owned(), source: Arc::new(source) };
         let socket = runtime.block_on(TcpListener::bind(address)).map_err(cannot)?;
         let local = socket.local_addr().map_err(cannot)?;
         let _inside = runtime.enter();
         let hall = Arc::new(Hall {
-            config,
+            config: RwLock::new(config),
+            joins,
+            clock,
             trust: reception.trust,
             admission: reception.admission,
             accepted: Queue::new(Capacity { items: ACCEPT_QUEUE_MAX, weight: usize::MAX }),
@@ -100,6 +104,16 @@ impl Listener {
         });
         let task = runtime.spawn(hall.clone().receive_strangers(socket));
         Ok(Listener { hall, address: local, task, runtime: runtime.clone() })
+    }
+
+    /// Shows `identity` to whoever connects from now on.
+    ///
+    /// # Errors
+    /// Its certificate cannot be used; nothing has changed.
+    pub fn set_identity(&self, identity: &LinkIdentity) -> Result<(), LinkError> {
+        let config = tls::server_config(identity, &self.hall.trust, self.hall.clock.clone(), self.hall.joins)?;
+        *self.hall.config.write().unwrap_or_else(PoisonError::into_inner) = config;
+        Ok(())
     }
 
     /// Where it listens.
@@ -162,7 +176,8 @@ impl Hall {
     }
 
     async fn receive(&self, stream: TcpStream) -> Result<(), LinkError> {
-        let socket = TlsSocket::new(stream, tls::server(self.config.clone())?, JOIN_FRAME_MAX);
+        let config = self.config.read().unwrap_or_else(PoisonError::into_inner).clone();
+        let socket = TlsSocket::new(stream, tls::server(config)?, JOIN_FRAME_MAX);
         within("the TLS handshake", self.handshake_timeout, socket.handshake()).await?;
         match (socket.protocol().as_deref(), &self.admission) {
             (Some(ALPN_REPLICATION), _) => self.receive_peer(socket).await,

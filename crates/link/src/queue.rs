@@ -4,7 +4,7 @@
 //! items and at most one for room, which is what one connection needs and what a stored wake-up is enough for.
 
 use std::collections::VecDeque;
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::Notify;
@@ -31,6 +31,9 @@ pub(crate) enum Popped<T> {
     Closed,
 }
 
+/// Called whenever there is something to look at: an item, or the end. It must not block, nor use the queue.
+pub(crate) type Bell = Arc<dyn Fn() + Send + Sync>;
+
 pub(crate) struct Queue<T> {
     state: Mutex<State<T>>,
     capacity: Capacity,
@@ -47,18 +50,35 @@ struct State<T> {
     /// Threads that are blocked. Waking nobody is a system call as well, which small frames would notice.
     popping: usize,
     pushing: usize,
+    bell: Option<Bell>,
 }
 
 impl<T> Queue<T> {
     pub(crate) fn new(capacity: Capacity) -> Queue<T> {
         Queue {
-            state: Mutex::new(State { items: VecDeque::new(), weight: 0, closed: false, popping: 0, pushing: 0 }),
+            state: Mutex::new(State {
+                items: VecDeque::new(),
+                weight: 0,
+                closed: false,
+                popping: 0,
+                pushing: 0,
+                bell: None,
+            }),
             capacity,
             thread_may_pop: Condvar::new(),
             thread_may_push: Condvar::new(),
             task_may_pop: Notify::new(),
             task_may_push: Notify::new(),
         }
+    }
+
+    /// Has `bell` rung for every item from now on and when the queue is closed; at once if there is something already.
+    pub(crate) fn ring_with(&self, bell: Bell) {
+        let mut state = self.lock();
+        if !state.items.is_empty() || state.closed {
+            bell();
+        }
+        state.bell = Some(bell);
     }
 
     /// Adds without waiting.
@@ -164,6 +184,9 @@ impl<T> Queue<T> {
         if state.popping > 0 {
             self.thread_may_pop.notify_one();
         }
+        if let Some(bell) = &state.bell {
+            bell();
+        }
         self.task_may_pop.notify_one();
         Ok(())
     }
@@ -189,6 +212,9 @@ impl<T> Queue<T> {
     }
 
     fn wake_all(&self) {
+        if let Some(bell) = &self.lock().bell {
+            bell();
+        }
         self.thread_may_pop.notify_all();
         self.thread_may_push.notify_all();
         self.task_may_pop.notify_one();
@@ -213,6 +239,24 @@ mod tests {
         assert!(matches!(queue.pop_blocking(Duration::ZERO), Popped::Item("a")), "what is held stays");
         queue.discard();
         assert!(matches!(queue.pop_blocking(Duration::from_secs(60)), Popped::Closed));
+    }
+
+    #[test]
+    fn the_bell_rings_for_items_and_for_the_end() {
+        use std::sync::atomic::{AtomicU32, Ordering};
+        let rung = Arc::new(AtomicU32::new(0));
+        let queue = Queue::new(Capacity { items: 2, weight: 10 });
+        assert!(queue.try_push(1, 1).is_ok());
+        let counter = rung.clone();
+        queue.ring_with(Arc::new(move || {
+            counter.fetch_add(1, Ordering::SeqCst);
+        }));
+        assert_eq!(rung.load(Ordering::SeqCst), 1, "something was there");
+        assert!(queue.try_push(2, 1).is_ok());
+        assert!(queue.try_push(3, 1).is_err(), "no room");
+        assert_eq!(rung.load(Ordering::SeqCst), 2);
+        queue.close();
+        assert_eq!(rung.load(Ordering::SeqCst), 3);
     }
 
     #[test]

@@ -98,8 +98,9 @@ impl Connector {
     }
 }
 
-/// When a certificate (DER) ends, in seconds since 1970; zero if that cannot be read.
-pub(crate) fn end_of(certificate: &CertificateDer<'_>) -> u64 {
-    let end = X509Certificate::from_der(certificate).map_or(0, |(_, parsed)| parsed.validity().not_after.timestamp());
-    u64::try_from(end).unwrap_or(0)
+/// From when to when a certificate (DER) is valid, in seconds since 1970; zeroes if that cannot be read.
+pub(crate) fn validity_of(certificate: &CertificateDer<'_>) -> (u64, u64) {
+    let Ok((_, parsed)) = X509Certificate::from_der(certificate) else { return (0, 0) };
+    let seconds = |time: x509_parser::time::ASN1Time| u64::try_from(time.timestamp()).unwrap_or(0);
+    (seconds(parsed.validity().not_before), seconds(parsed.validity().not_after))
 }

@@ -301,6 +301,34 @@ fn a_peer_renews_its_certificate_while_it_is_accepted() {
     assert!(matches!(renew(&server), Err(JoinError::Refused(JoinRefusal::BadRequest))));
 }
 
+#[test]
+fn a_certificate_is_due_in_the_last_third_of_its_life() {
+    let site = Site::new();
+    let short = open_authority(site.folder.path(), &site.clock).with_lifetime(Duration::from_secs(90));
+    let made = short.own_identity(Role::MasterTarget).expect("an identity");
+    let (now, second) = (site.clock.wall().seconds(), world::WallTime::from_seconds);
+    assert_eq!((made.due(), made.ends()), (second(now + 60), second(now + 90)));
+    assert!(!made.is_due(second(now + 59)) && made.is_due(second(now + 60)));
+    assert!(!made.has_ended(second(now + 90)) && made.has_ended(second(now + 91)));
+    let usual = site.agent("usual");
+    assert_eq!(usual.due().seconds(), now + 60 * 86_400);
+    assert_eq!(usual.accepted_until().seconds(), now + 270 * 86_400);
+}
+
+#[test]
+fn a_listener_shows_a_renewed_certificate_without_closing() {
+    let site = Site::new();
+    let agent = site.agent("a");
+    site.clock.advance_days(89);
+    let renewed = site.authority.own_identity(Role::ProcessServer).expect("renewed");
+    // Half a year later the first one would be refused.
+    site.listener.set_identity(&renewed).expect("shown");
+    let agent = site.connector(&agent).renew(&site.address(), &ANY_SERVER).expect("renewed");
+    site.clock.advance_days(200);
+    site.connect(&agent).expect("the server's certificate is good still");
+    site.accept();
+}
+
 /// Whether `stored` holds the 32 secret bytes of the printed token, which start 50 bytes into it.
 fn contains_secret(stored: &[u8], printed: &str) -> bool {
     const ALPHABET: &[u8] = b"abcdefghijklmnopqrstuvwxyz234567";

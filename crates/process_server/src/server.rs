@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::thread;
 use std::time::Duration;
 
-use link::{Authority, Connection, LinkRuntime, Listener, PeerIdentity, Reception, Role};
+use link::{Admission, Authority, Connection, LinkRuntime, Listener, PeerIdentity, Reception, Role};
 use replication::{ChainId, MachineId};
 use vault::keys::WriterSession;
 use vault::pack::load_dedup;
@@ -29,6 +29,8 @@ pub const WRITER_KEYS: &str = "writer.keys";
 pub const AUTHORITY: &str = "authority";
 /// Held by the running server.
 const LOCK: &str = "server.lock";
+/// How often a running server looks whether its own certificate nears its end.
+const IDENTITY_CHECK: Duration = Duration::from_secs(3600);
 /// Directory of the journal in the state directory.
 pub const JOURNAL: &str = "journal";
 
@@ -189,14 +191,15 @@ impl Server {
             feedback: Feedback::new(&config.state_dir, &config.vault),
             others,
         });
-        let listener = listen(config, authority, clock)?;
+        let authority = Arc::new(authority);
+        let listener = listen(config, &authority, Arc::clone(&clock))?;
         let address = listener.address();
         commit_tails(&shared);
         let accepting = {
             let shared = Arc::clone(&shared);
             thread::Builder::new()
                 .name("accept".into())
-                .spawn(move || accept(&listener, &shared))
+                .spawn(move || accept(&listener, &shared, &authority, &*clock))
                 .map_err(|error| cannot("a thread cannot be started", &error, "check the process limits"))?
         };
         tracing::info!(%address, vault = %config.vault.display(), "the process server is ready");
@@ -297,14 +300,14 @@ fn writer_keys(config: &ServerConfig, files: &dyn Files) -> Result<WriterKeys, S
     })
 }
 
-fn listen(config: &ServerConfig, authority: Authority, clock: Arc<dyn Clock>) -> Result<Listener, StartError> {
+fn listen(config: &ServerConfig, authority: &Arc<Authority>, clock: Arc<dyn Clock>) -> Result<Listener, StartError> {
     let what = format!("agents cannot connect at {}", config.listen);
     let runtime = LinkRuntime::new(2).map_err(|error| cannot(&what, &error, "check the process limits"))?;
     let identity = authority
         .own_identity(Role::ProcessServer)
         .map_err(|error| cannot(&what, &error, "check the state directory"))?;
     let trust = authority.trust();
-    let reception = Reception::new(identity, trust, Some(Arc::new(authority)), clock);
+    let reception = Reception::new(identity, trust, Some(Arc::clone(authority) as Arc<dyn Admission>), clock);
     Listener::bind(&runtime, &config.listen, reception)
         .map_err(|error| cannot(&what, &error, "name another address with `listen`, or stop what uses this one"))
 }
@@ -328,8 +331,18 @@ fn commit_tails(shared: &Arc<Shared>) {
     }
 }
 
-fn accept(listener: &Listener, shared: &Arc<Shared>) {
+fn accept(listener: &Listener, shared: &Arc<Shared>, authority: &Authority, clock: &dyn Clock) {
+    let mut looked = clock.monotonic();
     while !shared.stopping.load(Ordering::Acquire) {
+        if clock.monotonic().since(looked) >= IDENTITY_CHECK {
+            looked = clock.monotonic();
+            // Renewed when it nears its end: a server may run for years.
+            let shown = authority.own_identity(Role::ProcessServer).map_err(|error| error.to_string());
+            let shown = shown.and_then(|it| listener.set_identity(&it).map_err(|error| error.to_string()));
+            if let Err(error) = shown {
+                tracing::error!(error, "this server's certificate cannot be renewed; it is tried again in an hour");
+            }
+        }
         match listener.accept(Duration::from_millis(100)) {
             Ok(Some((peer, connection))) => begin(shared, peer, connection),
             Ok(None) => {}

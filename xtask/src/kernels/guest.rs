@@ -34,6 +34,8 @@ disk_of() {{
 until [ "$(disk_of {TEMPORARY})" ] && [ "$(disk_of {LOGGED})" ] && [ "$(disk_of {STREAM})" ]; do sleep 0.1; done
 mkfs.ext4 -q -F $(disk_of {TEMPORARY})
 mount -t ext4 $(disk_of {TEMPORARY}) /tmp
+# It has device mapper and md: their tests may not be skipped.
+export FARSHORE_LAYERS=yes
 export FARSHORE_LOGGED_DISK=$(disk_of {LOGGED}) FARSHORE_STREAM_DISK=$(disk_of {STREAM})
 mount -t bpf none /sys/fs/bpf
 ln -s /proc/mounts /etc/mtab

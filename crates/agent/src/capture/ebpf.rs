@@ -28,6 +28,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -46,6 +47,8 @@ mod changes_tests;
 mod epochs;
 mod grace;
 mod kernel;
+#[cfg(test)]
+mod layers_tests;
 mod layout;
 mod ledger;
 mod loader;
@@ -61,6 +64,8 @@ pub mod support;
 #[cfg(test)]
 mod tests;
 mod types;
+#[cfg(test)]
+mod waking_tests;
 
 use assemble::Assembler;
 use epochs::{slot_of, unstreamed};
@@ -525,6 +530,17 @@ impl Capture for EbpfCapture {
         let slot = self.slot(disk);
         let leaving = self.disks.get_mut(&slot).and_then(|known| known.leaving.as_mut());
         leaving.expect("only a disk that was retired is forgotten").forgotten = true;
+    }
+
+    fn bell(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.installed.ring_map.as_fd())
+    }
+
+    /// Sets the word that the next record's program clears when it rings; see `wakes` in the programs. If it was set before the
+    /// caller's last look, and everything reserved by now was read, nothing can have slipped in between.
+    fn doze(&mut self) -> bool {
+        let was_set = self.installed.control.half(Control::SLEEPS).swap(1, Ordering::SeqCst) == 1;
+        was_set && self.read == self.installed.ring.producer()
     }
 
     fn follow(&mut self, phase: Phase) {

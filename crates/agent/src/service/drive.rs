@@ -1,18 +1,20 @@
 //! The engine's thread: steps the engine, keeps the link, answers commands, publishes the status.
 //!
-//! It never blocks on the network for longer than an idle wait, so the ring is looked at whatever the server does.
+//! It never blocks on the network for longer than an idle wait, so the ring is looked at whatever the server does. It waits
+//! for its bell: commands, frames and, where the capture can, the first write after a rest end each wait at once.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender};
-use std::thread;
 use std::time::Duration;
 
+use link::LinkIdentity;
 use replication::sender::StreamState;
 use replication::wire::Message;
 use replication::{Generation, MarkerKind};
 use world::Monotonic;
 
+use super::bell::Bell;
 use super::disk_set::DiskStep;
 use super::marks::Claim;
 use super::problem::Problem;
@@ -22,9 +24,13 @@ use crate::capture::{Capture, RingPosition};
 use crate::engine::{Engine, Step, Wire};
 use crate::status::{LinkStatus, ProtectionState, gap_in_words};
 
-/// Shortest and longest idle wait. A lone write waits this long at most before it is looked at.
+/// Shortest and longest wait between two looks at a capture that does not ring. A lone write waits this long at most before
+/// it is looked at.
 const IDLE_MIN: Duration = Duration::from_micros(200);
 const IDLE_MAX: Duration = Duration::from_millis(10);
+/// Longest wait where a write rings. Everything else that only a look shows (a gap that nothing was written after, a proof
+/// that is due) may come so late.
+const SLEEP_MAX: Duration = Duration::from_millis(250);
 /// Longest wait while the connection has no room: about the time in which it sends what it holds.
 const CONGESTED_MAX: Duration = Duration::from_millis(1);
 /// How long anybody waits for a marker to be durable, scripts after it included.
@@ -60,8 +66,41 @@ pub(crate) enum Command {
     Move { within: Duration, reply: SyncSender<Result<bool, Problem>> },
     /// Change which disks are captured: all of it, or nothing if one cannot be added or followed as it grew. Removals come last.
     Disks { steps: Vec<DiskStep>, reply: SyncSender<Result<(), String>> },
+    /// Show this identity, which has a new certificate, in the next session.
+    Identity(Box<LinkIdentity>),
     /// Send what is left, say good-bye, end.
     Finish { within: Duration },
+}
+
+/// The engine's thread takes no commands: it has too many, or has ended.
+#[derive(Debug)]
+pub(crate) struct Deaf;
+
+/// The way to tell the engine's thread something.
+#[derive(Clone)]
+pub(crate) struct Orders {
+    commands: SyncSender<Command>,
+    bell: Arc<Bell>,
+}
+
+impl Orders {
+    pub(super) fn new(commands: SyncSender<Command>, bell: Arc<Bell>) -> Orders {
+        Orders { commands, bell }
+    }
+
+    /// Waits while it has too many commands.
+    pub(crate) fn send(&self, command: Command) -> Result<(), Deaf> {
+        self.commands.send(command).map_err(|_| Deaf).inspect(|()| self.bell.ring())
+    }
+
+    pub(crate) fn try_send(&self, command: Command) -> Result<(), Deaf> {
+        self.commands.try_send(command).map_err(|_| Deaf).inspect(|()| self.bell.ring())
+    }
+
+    /// Has it look at everything.
+    pub(super) fn wake(&self) {
+        self.bell.ring();
+    }
 }
 
 /// Whoever waits for a marker to be durable.
@@ -85,7 +124,12 @@ pub(super) struct Drive {
     commands: Receiver<Command>,
     shared: Arc<Shared>,
     pending: Vec<PendingMark>,
+    bell: Arc<Bell>,
     idle: Duration,
+    /// Longest wait while the capture rings; none if it does not.
+    sleep_max: Option<Duration>,
+    /// Something moved since the status was brought up to date.
+    unpublished: bool,
     /// The session was accepted, and that was noted.
     welcomed: bool,
     /// The link was ended to announce other disks, and the next one is not accepted yet.
@@ -106,20 +150,33 @@ pub(super) struct Drive {
 
 impl Drive {
     pub(super) fn new(
-        engine: Engine<Box<dyn Capture>>,
+        mut engine: Engine<Box<dyn Capture>>,
         uplink: Uplink,
         find_server: FindServer,
-        commands: Receiver<Command>,
+        (commands, bell): (Receiver<Command>, Arc<Bell>),
+        proof_every: Duration,
         shared: Arc<Shared>,
     ) -> Drive {
         let now = shared.clock.monotonic();
+        let watched = engine.capture().bell().map(|source| bell.watch(source));
+        let rings = match watched {
+            Some(Err(error)) => {
+                tracing::warn!(%error, "the send buffer is looked at again and again: it cannot ring");
+                false
+            }
+            Some(Ok(())) => true,
+            None => false,
+        };
         Drive {
             engine,
             uplink,
             commands,
             shared,
             pending: Vec::new(),
+            bell,
             idle: IDLE_MIN,
+            sleep_max: rings.then(|| (proof_every / 4).clamp(IDLE_MAX, SLEEP_MAX)),
+            unpublished: true,
             welcomed: false,
             renewing: false,
             description: None,
@@ -161,6 +218,7 @@ impl Drive {
                 self.renewing = false;
                 self.uplink.welcomed();
             }
+            self.unpublished |= step != Step::Idle;
             match step {
                 Step::Busy => self.idle = IDLE_MIN,
                 Step::Idle => self.rest(),
@@ -199,12 +257,34 @@ impl Drive {
     }
 
     fn rest(&mut self) {
-        match self.uplink.wire() {
-            Some(wire) if wire.is_congested() => wire.wait(self.idle.min(CONGESTED_MAX)),
-            Some(wire) => wire.wait(self.idle),
-            None => thread::sleep(self.idle),
+        let congested = self.uplink.wire().is_some_and(|wire| wire.is_congested());
+        let limit = if congested {
+            self.idle.min(CONGESTED_MAX)
+        } else if self.idle >= IDLE_MAX && self.may_sleep() && self.engine.capture().doze() {
+            self.sleep()
+        } else {
+            self.idle
+        };
+        let rung = self.bell.wait(limit);
+        self.unpublished |= rung;
+        self.idle = if rung { IDLE_MIN } else { (self.idle * 2).min(IDLE_MAX) };
+    }
+
+    /// Whether nothing is under way that only a look shows.
+    fn may_sleep(&mut self) -> bool {
+        let awaited = self.finish_by.is_some() || self.moving.is_some();
+        let asked = !self.pending.is_empty() || !self.settling.is_empty();
+        let sender = self.engine.sender();
+        let at_rest = self.welcomed && sender.is_whole() && !sender.is_healing();
+        self.sleep_max.is_some() && !awaited && !asked && (at_rest || self.uplink.wire().is_none())
+    }
+
+    /// How long to sleep. Before it, whoever asks for the status is told the newest.
+    fn sleep(&mut self) -> Duration {
+        if self.unpublished {
+            self.publish(self.shared.clock.monotonic());
         }
-        self.idle = (self.idle * 2).min(IDLE_MAX);
+        self.sleep_max.unwrap_or(IDLE_MAX).min(self.uplink.patience())
     }
 
     fn take_commands(&mut self) {
@@ -242,6 +322,7 @@ impl Drive {
                 let _ = reply.send(());
                 self.rest_until(until);
             }
+            Command::Identity(identity) => self.uplink.set_identity(*identity),
             Command::Wake => {}
         }
     }
@@ -442,7 +523,7 @@ impl Drive {
     }
 
     fn publish(&mut self, now: Monotonic) {
-        self.published = now;
+        (self.published, self.unpublished) = (now, false);
         let engine = self.engine.status();
         let gap = gap_in_words(&engine.stream);
         let lacking;

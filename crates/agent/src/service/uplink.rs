@@ -10,9 +10,11 @@ use std::sync::mpsc::{self, Receiver, TryRecvError};
 use std::thread;
 use std::time::Duration;
 
-use link::{Connection, Connector, Expected, LinkError, Role};
+use link::{Connection, Connector, Expected, LinkError, LinkIdentity, PeerRefusal, Role};
+use replication::MachineId;
 use world::{Clock, Entropy, Monotonic, SystemEntropy};
 
+use super::bell::Bell;
 use super::problem::chain;
 use crate::wire::LinkWire;
 
@@ -76,10 +78,12 @@ pub(super) struct Uplink {
     last_error: String,
     sessions: u64,
     attempted: bool,
+    /// Rung for what other threads find out: frames that arrive, connections that come about.
+    bell: Arc<Bell>,
 }
 
 impl Uplink {
-    pub(super) fn new(connector: Connector, addresses: Vec<String>, clock: Arc<dyn Clock>) -> Uplink {
+    pub(super) fn new(connector: Connector, addresses: Vec<String>, clock: Arc<dyn Clock>, bell: Arc<Bell>) -> Uplink {
         assert!(!addresses.is_empty(), "checked at start");
         let state = State::Waiting { until: clock.monotonic() };
         Uplink {
@@ -93,6 +97,7 @@ impl Uplink {
             last_error: String::new(),
             sessions: 0,
             attempted: false,
+            bell,
         }
     }
 
@@ -104,6 +109,8 @@ impl Uplink {
                 Ok(Ok(connection)) => {
                     tracing::info!(server = connection.address(), peer = %connection.peer(), "connected");
                     let wire = Box::new(LinkWire::new(connection));
+                    let bell = self.bell.clone();
+                    wire.ring_with(Arc::new(move || bell.ring()));
                     self.state = State::Up { wire, since: self.clock.monotonic() };
                     return true;
                 }
@@ -111,7 +118,7 @@ impl Uplink {
                     let pause = self.pauses.failed();
                     self.pause(chain(&error), pause);
                 }
-                Ok(Err(error)) => self.turned_away(chain(&error)),
+                Ok(Err(error)) => self.turned_away(self.refusal_in_words(&error)),
                 Err(TryRecvError::Disconnected) => {
                     let pause = self.pauses.failed();
                     self.pause("connecting ended by a fault of the program".to_owned(), pause);
@@ -123,14 +130,23 @@ impl Uplink {
         false
     }
 
+    /// Shows another certificate from the next connection on. One of another installation is for another uplink.
+    pub(super) fn set_identity(&mut self, identity: LinkIdentity) {
+        let known = self.connector.identity();
+        if identity.peer == known.peer && identity.authority == known.authority {
+            self.connector = self.connector.with_identity(identity);
+        }
+    }
+
     fn connect(&mut self) {
         let (report, result) = mpsc::sync_channel(1);
-        let (connector, address) = (self.connector.clone(), self.server().to_owned());
+        let (connector, address, bell) = (self.connector.clone(), self.server().to_owned(), self.bell.clone());
         // A thread of its own: name resolution and a handshake may take many seconds, and the ring must be looked at.
         let attempt = move || {
             let expected = Expected { role: Role::ProcessServer, id: None };
             // The agent may have ended meanwhile.
             let _ = report.send(connector.connect(&address, &expected));
+            bell.ring();
         };
         match thread::Builder::new().name("connect".to_owned()).spawn(attempt) {
             Ok(_) => self.state = State::Connecting(result),
@@ -146,6 +162,14 @@ impl Uplink {
         match &mut self.state {
             State::Up { wire, .. } => Some(wire),
             _ => None,
+        }
+    }
+
+    /// How long there is nothing to do here, unless the bell rings.
+    pub(super) fn patience(&self) -> Duration {
+        match &self.state {
+            State::Waiting { until } => until.since(self.clock.monotonic()),
+            State::Connecting(_) | State::Up { .. } => Duration::MAX,
         }
     }
 
@@ -187,6 +211,21 @@ impl Uplink {
             self.state = State::Waiting { until: self.clock.monotonic() };
         }
         was_up
+    }
+
+    /// What a person needs who has to act on it.
+    fn refusal_in_words(&self, error: &LinkError) -> String {
+        let why = chain(error);
+        if !matches!(error, LinkError::RefusedByPeer(PeerRefusal::Expired)) {
+            return why;
+        }
+        let identity = self.connector.identity();
+        let machine = MachineId(identity.peer.id);
+        format!(
+            "{why}: it ended at {}. Order a token with `farshore token new --machine {machine}` at the server and run \
+             `farshore-agent join` with it here: history, disks and maps stay",
+            identity.ends()
+        )
     }
 
     /// The server does not want this machine.

@@ -84,6 +84,8 @@ pub struct Store {
     pub log: Option<Vec<Change>>,
     /// Every point from the moment on at which somebody put a list here: the cut, and what the first disk held.
     pub points: Option<Vec<(Cut, Vec<u8>)>>,
+    /// What the first disk holds where heals of the machine end, from the moment on at which somebody put a list here.
+    pub heal_ends: Option<Vec<Vec<u8>>>,
 }
 
 impl Store {
@@ -100,16 +102,29 @@ pub struct Server {
     pub runtime: LinkRuntime,
     pub store: Arc<Mutex<Store>>,
     pub address: String,
+    /// Whether it takes joins and renews certificates, from the next opening on.
+    pub admits: bool,
+    /// Whether it accepts certificates that have ended.
+    strict: bool,
     running: Option<(Arc<AtomicBool>, JoinHandle<()>)>,
 }
 
 impl Server {
     pub fn start(discard: bool) -> Server {
+        Server::start_with(discard, None)
+    }
+
+    /// One whose certificates have this lifetime, and are not accepted after it.
+    pub fn start_with(discard: bool, lifetime: Option<Duration>) -> Server {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let clock: Arc<dyn Clock> = Arc::new(SystemClock);
         let files = Arc::new(RealFiles::new(folder.path()));
-        let authority =
-            Arc::new(Authority::open(files, clock, Arc::new(SystemEntropy), "authority").expect("the authority opens"));
+        let authority = Authority::open(files, clock, Arc::new(SystemEntropy), "authority");
+        let authority = authority.expect("the authority opens");
+        let authority = Arc::new(match lifetime {
+            Some(lifetime) => authority.with_lifetime(lifetime),
+            None => authority,
+        });
         let store = Store {
             discard,
             replicas: BTreeMap::new(),
@@ -137,6 +152,7 @@ impl Server {
             stalled: false,
             log: None,
             points: None,
+            heal_ends: None,
         };
         let mut server = Server {
             folder,
@@ -144,6 +160,8 @@ impl Server {
             runtime: LinkRuntime::new(1).expect("threads"),
             store: Arc::new(Mutex::new(store)),
             address: "127.0.0.1:0".to_owned(),
+            admits: true,
+            strict: lifetime.is_some(),
             running: None,
         };
         server.open();
@@ -154,8 +172,10 @@ impl Server {
     pub fn open(&mut self) {
         let bind = || {
             let identity = self.authority.own_identity(Role::ProcessServer).expect("an identity");
-            let admission = Some(self.authority.clone() as Arc<dyn link::Admission>);
-            let reception = Reception::new(identity, self.authority.trust(), admission, Arc::new(SystemClock));
+            let admission = self.admits.then(|| self.authority.clone() as Arc<dyn link::Admission>);
+            let trust = self.authority.trust();
+            let trust = if self.strict { trust.with_grace_days(0) } else { trust };
+            let reception = Reception::new(identity, trust, admission, Arc::new(SystemClock));
             Listener::bind(&self.runtime, &self.address, reception)
         };
         let listener = (0..200).find_map(|_| {
@@ -187,9 +207,14 @@ impl Server {
     }
 
     pub fn token(&self) -> link::JoinToken {
+        self.token_of(None)
+    }
+
+    /// A token for a machine that is known already.
+    pub fn token_of(&self, id: Option<[u8; 16]>) -> link::JoinToken {
         let order = TokenOrder {
             role: Role::Agent,
-            id: None,
+            id,
             valid_for: Duration::from_secs(3600),
             addresses: vec![self.address.clone()],
         };
@@ -382,6 +407,10 @@ impl Session {
             Action::HealData { heal, disk, range, content } => self.heal_data(store, heal, disk, range, &content),
             Action::HealEnd { heal, cut } => {
                 self.heal = None;
+                if let Some(ends) = &mut store.heal_ends {
+                    assert_eq!(cut.sequence, store.journaled, "a heal ends with the newest change that has arrived");
+                    ends.push(store.replicas[&DiskId(0)].bytes.clone());
+                }
                 store.note_point(cut);
                 let journaled = store.journaled;
                 self.feed(store, Event::Committed(journaled));

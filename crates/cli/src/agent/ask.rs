@@ -190,6 +190,12 @@ fn describe(status: &AgentStatus) -> String {
     if !link.connected && !link.last_error.is_empty() {
         line("last error", link.last_error.clone());
     }
+    let certificate = &status.certificate;
+    if !certificate.problem.is_empty() {
+        line("certificate", certificate.problem.clone());
+    } else if !certificate.ends.is_empty() {
+        line("certificate", format!("good until {}, renewed before", certificate.ends));
+    }
     let marks = &status.watermarks;
     line(
         "watermarks",

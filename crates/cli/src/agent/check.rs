@@ -12,7 +12,7 @@ use agent::service::source::{CaptureKind, choose_capture};
 use agent::state::StateDir;
 use link::{Connector, DenyList, Expected, LinkIdentity, LinkRuntime, Role, Trust};
 use serde::Serialize;
-use world::{Access, Clock, FileDevice, SystemClock};
+use world::{Access, Clock, FileDevice, SystemClock, WallTime};
 
 use crate::output::{Output, bytes};
 
@@ -144,6 +144,10 @@ fn check_server(config: &AgentConfig, state: &StateDir, findings: &mut Vec<Findi
         Err(problem) => return problems.push(problem),
     };
     findings.push(finding("identity", identity.peer.to_string()));
+    match certificate(&identity, SystemClock.wall()) {
+        Ok(good) => findings.push(good),
+        Err(problem) => problems.push(problem),
+    }
     let addresses = match config.server_addresses.as_slice() {
         [] => state.enrolment().server_addresses,
         configured => configured.to_vec(),
@@ -164,6 +168,28 @@ fn check_server(config: &AgentConfig, state: &StateDir, findings: &mut Vec<Findi
             "set server_addresses in the configuration",
         ));
     }
+}
+
+/// How long the certificate is good, and what to do if it is not any more.
+fn certificate(identity: &LinkIdentity, now: WallTime) -> Result<Finding, Problem> {
+    let (ends, due, until) = (identity.ends(), identity.due(), identity.accepted_until());
+    let machine = replication::MachineId(identity.peer.id);
+    if now > until {
+        return Err(Problem::failed(
+            "this machine's certificate is not accepted any more",
+            format!("it ended at {ends} and was accepted until {until}; the clock says {now}"),
+            format!(
+                "if the clock is right, order a token with `farshore token new --machine {machine}` at the server and run \
+                 `farshore-agent join` with it: history, disks and maps stay"
+            ),
+        ));
+    }
+    let detail = if now > ends {
+        format!("ended at {ends}; accepted until {until}, and renewed as soon as the agent runs and reaches its server")
+    } else {
+        format!("good until {ends}; a running agent renews it from {due} on")
+    };
+    Ok(finding("certificate", detail))
 }
 
 fn reach(identity: LinkIdentity, addresses: &[String]) -> Result<(Vec<Finding>, Vec<Problem>), Problem> {

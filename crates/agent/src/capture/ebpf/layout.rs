@@ -5,7 +5,7 @@ use std::mem::offset_of;
 use super::places::Place;
 
 /// Version of everything below; pins of another version are not adopted.
-pub(super) const VERSION: u64 = 3;
+pub(super) const VERSION: u64 = 4;
 /// Epoch `e` marks in slot `e % SLOTS`.
 pub(super) const SLOTS: usize = 3;
 /// Protected disks at most.
@@ -90,7 +90,7 @@ pub(super) struct Control {
     pages: u64,
     direct_map: u64,
     map_cells: u64,
-    unused: u32,
+    sleeps: u32,
     broken: u32,
     calibrate_tgid: u32,
     calibrate_fd: u32,
@@ -108,6 +108,7 @@ pub(super) struct Control {
 impl Control {
     pub(super) const WORD: usize = offset_of!(Control, word);
     pub(super) const MAP_CELLS: usize = offset_of!(Control, map_cells);
+    pub(super) const SLEEPS: usize = offset_of!(Control, sleeps);
     pub(super) const BROKEN: usize = offset_of!(Control, broken);
     pub(super) const CALIBRATE_TGID: usize = offset_of!(Control, calibrate_tgid);
     pub(super) const CALIBRATE_FD: usize = offset_of!(Control, calibrate_fd);

@@ -54,6 +54,8 @@ const MARKER: &str = "marker";
 /// What runs in the kernel.
 pub(super) struct Installed {
     pub(super) ring: KernelRing,
+    /// The ring again, as what can be waited for.
+    pub(super) ring_map: OwnedFd,
     pub(super) control: Area,
     pub(super) cpus: Area,
     pub(super) cpu_count: usize,
@@ -135,8 +137,10 @@ pub(super) fn adopt(
 fn open(directory: &Path, shape: &Shape) -> io::Result<Installed> {
     let map = |name: &str| kernel::open_pin(&directory.join(name));
     let cpu_count = possible_cpus()?;
+    let ring_map = map("ring")?;
     Ok(Installed {
-        ring: KernelRing::open(map("ring")?.as_fd(), shape.ring_bytes)?,
+        ring: KernelRing::open(ring_map.as_fd(), shape.ring_bytes)?,
+        ring_map,
         control: Area::of(map("control")?.as_fd(), size_of::<Control>())?,
         cpus: Area::of(map("cpus")?.as_fd(), cpu_count * size_of::<Cpu>())?,
         cpu_count,

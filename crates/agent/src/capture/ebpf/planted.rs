@@ -8,7 +8,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use super::layout::Cpu;
 use super::loader::Object;
 use super::tests::{Bench, can_test, check_full_ring, check_streaming};
-use super::{RING_BYTES_MIN, Variant};
+use super::{RING_BYTES_MIN, Variant, waking_tests};
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!("../../../bpf/planted.bpf.o");
 
@@ -29,6 +29,8 @@ enum Plant {
     /// The first of two completion programs is skipped, as the kernel does when it interrupts itself. No mistake of ours:
     /// the second has to take its place.
     Skip,
+    /// A reader that sleeps is not woken.
+    Wake,
 }
 
 /// One in a thousand is forgotten.
@@ -132,6 +134,19 @@ fn a_lost_mark_of_what_the_ring_lacks_is_noticed() {
     let test = "a_lost_mark_of_what_the_ring_lacks_is_noticed";
     if can_test(test, Variant::Dynptr) {
         assert_caught(|| full_ring(test, Plant::Unstreamed, SELDOM), "what the stream lacks is named");
+    }
+}
+
+#[test]
+fn a_lost_wake_up_is_noticed() {
+    let test = "a_lost_wake_up_is_noticed";
+    if can_test(test, Variant::Dynptr) {
+        let settings = [("planted", Plant::Wake as u32), ("planted_every", 20)];
+        let object = Object { bytes: OBJECT, settings: &settings };
+        assert_caught(
+            || Bench::of(test, 64 << 20).map(|bench| waking_tests::without_wake_ups(&bench, &object)),
+            "a reader that sleeps is woken",
+        );
     }
 }
 

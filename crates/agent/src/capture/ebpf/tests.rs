@@ -18,7 +18,7 @@ const DISK_BYTES: u64 = 64 << 20;
 const ALIGN: usize = 4096;
 
 /// Says in a way that the test command collects why a test did not run.
-fn skip(test: &str, why: &str) {
+pub(super) fn skip(test: &str, why: &str) {
     use std::io::Write;
     let line = format!("SKIPPED: {test}: {why}\n");
     print!("{line}");
@@ -134,7 +134,7 @@ impl Drop for Bench {
         for part in ["2", "3"] {
             let _ = Command::new("delpart").arg(&self.device).arg(part).stderr(std::process::Stdio::null()).status();
         }
-        let _ = Command::new("losetup").arg("-d").arg(&self.device).status();
+        let _ = Command::new("losetup").arg("-d").arg(&self.device).stderr(std::process::Stdio::null()).status();
     }
 }
 
@@ -427,7 +427,7 @@ pub(super) fn described(disk: u16, path: &Path) -> EbpfDisk {
     EbpfDisk { geometry, path: path.to_owned() }
 }
 
-fn capture_of(bench: &Bench, disks: Vec<EbpfDisk>) -> EbpfCapture {
+pub(super) fn capture_of(bench: &Bench, disks: Vec<EbpfDisk>) -> EbpfCapture {
     capture_with(bench, disks, ANY_VARIANT.to_vec())
 }
 
