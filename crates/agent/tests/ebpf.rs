@@ -20,6 +20,7 @@ use std::time::{Duration, Instant};
 
 use agent::capture::ebpf;
 use agent::config::{AgentConfig, CaptureChoice, DiskConfig};
+use agent::scrub::{ScrubProgress, ScrubSettings};
 use agent::service::control::{Answer, Request, ask};
 use agent::service::problem::ProblemKind;
 use agent::service::{Service, ServiceOptions};
@@ -28,7 +29,7 @@ use agent::status::{AgentStatus, ProtectionState};
 use loops::{Loop, skip, succeeds};
 use process::Agent;
 use replication::wire::HealNeed;
-use replication::{Change, ChangeKind, DiskId};
+use replication::{ByteRange, Change, ChangeKind, DiskId, Ranges};
 use site::Server;
 use waits::{settle, status_of, wait_for, wait_protected};
 use world::{Access, BlockDevice, Entropy, FileDevice, SystemClock, SystemEntropy};
@@ -438,6 +439,64 @@ fn detach_takes_the_programs_down_when_no_agent_runs() {
     machine.assert_replicated(&server);
     assert_eq!(server.store().whole_heals, 2);
     service.stop().expect("stops in order");
+}
+
+/// Begins a scrub, waits until it has ended and what it found is healed; what scrubs have found so far.
+fn scrub(machine: &Machine, service: &Service, disk: Option<&str>) -> ScrubProgress {
+    let answer = ask(&machine.config.control_socket(), &Request::Scrub { disk: disk.map(str::to_owned) });
+    assert!(matches!(answer, Ok(Answer::Scrubbing { bytes: DISK_BYTES })), "{answer:?}");
+    let progress = || service.status().scrub.expect("eBPF can be scrubbed");
+    // The status is taken ten times a second.
+    thread::sleep(Duration::from_millis(250));
+    wait_for("the scrub has ended", || !progress().running && service.status().state == ProtectionState::Protected);
+    progress()
+}
+
+#[test]
+fn a_scrub_finds_what_nobody_captured_and_nothing_beside_a_workload() {
+    let server = Server::start(false);
+    server.store().commits = true;
+    let Some(mut machine) = Machine::new(&server, "scrub", 64 << 20) else { return };
+    machine.config.scrub = ScrubSettings { every_days: 0, read_mib_per_s: 1000 };
+    let service = machine.start();
+    wait_protected(|| Some(service.status()));
+    let load = Load::start(&machine.disk.mount);
+    let beside = (0..3).map(|_| scrub(&machine, &service, None)).last().expect("three");
+    load.end();
+    assert!(beside.same_bytes > DISK_BYTES && beside.differing_bytes == 0, "{beside:?}");
+    assert!(server.store().range_gaps.is_empty(), "{:?}", server.store().range_gaps);
+
+    let mut known = vec![0; 256 << 10];
+    SystemEntropy.fill(&mut known);
+    std::fs::write(machine.disk.mount.join("known"), &known).expect("written");
+    machine.disk.unmount();
+    settle(|| Some(service.status()));
+    scrub(&machine, &service, Some("disk"));
+    let before = server.store().journaled;
+    // Behind the back of everybody above the image.
+    let image = machine.folder.join("disk.img");
+    let content = std::fs::read(&image).expect("readable");
+    let at =
+        content.chunks(4096).position(|block| block == &known[8192..12288]).expect("it is on the disk") as u64 * 4096;
+    let file = OpenOptions::new().write(true).open(&image).expect("opens");
+    file.write_all_at(&[0x5a; 8192], at).expect("written");
+    let found = scrub(&machine, &service, Some("disk"));
+    assert_eq!(found.differing_bytes, 8192, "{found:?}");
+    settle(|| Some(service.status()));
+    machine.assert_replicated(&server);
+    let expected = Ranges::of([(DiskId(0), ByteRange::new(at, 8192))]);
+    {
+        let store = server.store();
+        assert_eq!(store.range_gaps, [expected.clone()], "it lacked until it was healed");
+        let [(after, until, ranges)] = &store.suspicions[..] else { panic!("{:?}", store.suspicions) };
+        assert_eq!((ranges, *after <= before && after < until), (&expected, true), "{after} to {until} of {before}");
+        assert!(after.0 > 0, "it had been compared before");
+    }
+    assert_eq!(scrub(&machine, &service, None).differing_bytes, 8192, "it differs no more");
+
+    let unknown = ask(&machine.config.control_socket(), &Request::Scrub { disk: Some("other".into()) });
+    assert!(unknown.as_ref().is_err_and(|problem| problem.why.contains("`other`")), "{unknown:?}");
+    service.stop().expect("stops");
 }
 
 /// Anonymous memory of a process, in bytes: what it has besides programs, mapped files and the kernel's ring.

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use replication::sender::StreamState;
 use replication::wire::Message;
-use replication::{Generation, MarkerKind};
+use replication::{DiskId, Generation, MarkerKind};
 use world::Monotonic;
 
 use super::disk_set::DiskStep;
@@ -19,7 +19,7 @@ use super::problem::Problem;
 use super::uplink::Uplink;
 use super::{Shared, lock};
 use crate::capture::{Capture, RingPosition};
-use crate::engine::{Engine, Step, Wire};
+use crate::engine::{Engine, ScrubRefusal, Step, Wire};
 use crate::status::{LinkStatus, ProtectionState, gap_in_words};
 
 /// Shortest and longest idle wait. A lone write waits this long at most before it is looked at.
@@ -60,6 +60,8 @@ pub(crate) enum Command {
     Move { within: Duration, reply: SyncSender<Result<bool, Problem>> },
     /// Change which disks are captured: all of it, or nothing if one cannot be added or followed as it grew. Removals come last.
     Disks { steps: Vec<DiskStep>, reply: SyncSender<Result<(), String>> },
+    /// Begin to compare this disk, or all of them, with the vault; the answer says how many bytes.
+    Scrub { disk: Option<DiskId>, reply: SyncSender<Result<u64, ScrubRefusal>> },
     /// Send what is left, say good-bye, end.
     Finish { within: Duration },
 }
@@ -237,6 +239,7 @@ impl Drive {
             Command::Describe { document } => (self.description, self.described) = (Some(document), false),
             Command::Settle { until, reply } => self.settling.push((until, reply)),
             Command::Ready { name, reply } => drop(reply.send(self.check_whole(&name))),
+            Command::Scrub { disk, reply } => drop(reply.send(self.engine.begin_scrub(disk))),
             Command::Disks { steps, reply } => drop(reply.send(self.change_disks(steps))),
             Command::Rest { until, reply } => {
                 let _ = reply.send(());
@@ -431,6 +434,7 @@ impl Drive {
 
     fn say_goodbye(&mut self) {
         let settled = self.engine.is_quiet();
+        self.engine.remember_scrub();
         *lock(&self.shared.kept) = self.engine.keep();
         if let Some(wire) = self.uplink.take_wire()
             && self.welcomed
@@ -485,6 +489,7 @@ impl Drive {
         reason.clone_into(&mut status.reason);
         status.state_for_s = now.since(self.state_since).as_secs();
         status.take_engine(&engine);
+        status.scrub = self.engine.scrub_progress();
         status.link = LinkStatus {
             connected: self.welcomed,
             server: self.uplink.server().to_owned(),
