@@ -461,7 +461,10 @@ fn a_scrub_finds_what_nobody_captured_and_nothing_beside_a_workload() {
     let service = machine.start();
     wait_protected(|| Some(service.status()));
     let load = Load::start(&machine.disk.mount);
-    let beside = (0..3).map(|_| scrub(&machine, &service, None)).last().expect("three");
+    for _ in 0..2 {
+        scrub(&machine, &service, None);
+    }
+    let beside = scrub(&machine, &service, None);
     load.end();
     assert!(beside.same_bytes > DISK_BYTES && beside.differing_bytes == 0, "{beside:?}");
     assert!(server.store().range_gaps.is_empty(), "{:?}", server.store().range_gaps);
@@ -488,7 +491,7 @@ fn a_scrub_finds_what_nobody_captured_and_nothing_beside_a_workload() {
     let expected = Ranges::of([(DiskId(0), ByteRange::new(at, 8192))]);
     {
         let store = server.store();
-        assert_eq!(store.range_gaps, [expected.clone()], "it lacked until it was healed");
+        assert_eq!(store.range_gaps, std::slice::from_ref(&expected), "it lacked until it was healed");
         let [(after, until, ranges)] = &store.suspicions[..] else { panic!("{:?}", store.suspicions) };
         assert_eq!((ranges, *after <= before && after < until), (&expected, true), "{after} to {until} of {before}");
         assert!(after.0 > 0, "it had been compared before");

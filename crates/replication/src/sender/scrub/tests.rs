@@ -191,7 +191,7 @@ impl Bench {
         let leaf = u64::from(what % 8) * 8;
         let value = what % 5;
         // One in a few reaches the disk as something else.
-        let reaches = if what % 7 == 0 { value + 10 } else { value };
+        let reaches = if what.is_multiple_of(7) { value + 10 } else { value };
         self.marks.get_mut(&self.epoch).expect("the current epoch").insert(leaf / 16);
         self.producer += 1;
         self.stream[leaf as usize] = value;
@@ -391,7 +391,7 @@ fn stretches_end_beside_writers() {
         seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         let op = (seed >> 33) as u8;
         // Writers come and go: there are moments in which a granule rests.
-        let op = if op % 16 == 0 && bench.now / 10_000_000_000 % 2 == 0 { 4 } else { op };
+        let op = if op.is_multiple_of(16) && (bench.now / 10_000_000_000).is_multiple_of(2) { 4 } else { op };
         bench.step((op, (seed >> 45) as u8));
     }
     assert!(bench.stretches > 8 && bench.differing > 4, "{} stretches, {}", bench.stretches, bench.differing);
