@@ -110,7 +110,7 @@ fn what_differs_is_suspect_since_it_was_last_equal_and_that_outlives_the_agent()
     let suspicion = scrub.suspect(found, CHAIN, SequenceNumber(44), WallTime(41));
     assert_eq!((suspicion.after, suspicion.until), (SequenceNumber(20), SequenceNumber(44)), "the older of the two");
     let mut next = scrubber(&kept, 8, 50);
-    assert_eq!(next.suspicions(), [suspicion.clone()]);
+    assert_eq!(next.suspicions(), std::slice::from_ref(&suspicion));
     next.noted(suspicion.id);
     assert!(scrubber(&kept, 8, 51).suspicions().is_empty());
     // Another chain: its positions are others.
