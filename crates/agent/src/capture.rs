@@ -258,6 +258,24 @@ pub trait Capture: Send {
     /// Records, across restarts, that only a comparison of the whole disk will do.
     fn require_whole(&mut self, disk: DiskId);
 
+    /// Records, across restarts, that `range` has to be healed, whether or not anybody writes to it.
+    fn require(&mut self, disk: DiskId, range: ByteRange) {
+        let _ = range;
+        self.require_whole(disk);
+    }
+
+    /// Whether [`Capture::written_since`] can tell.
+    fn knows_writes(&self) -> bool {
+        false
+    }
+
+    /// What of `range` may have been written to in `epoch` or later ones, as far as it was marked by now: granules of the
+    /// maps. Everything, if the maps do not reach back so far.
+    fn written_since(&self, epoch: Epoch, disk: DiskId, range: ByteRange) -> Vec<ByteRange> {
+        let _ = (epoch, disk);
+        vec![range]
+    }
+
     /// Forgets the heal set: a heal that covers all of it was committed. The caller must not call this for a heal
     /// that began before the latest [`Capture::fold`] or [`Capture::require_whole`].
     fn clear_heal_set(&mut self);
@@ -429,6 +447,18 @@ impl<C: Capture + ?Sized> Capture for Box<C> {
 
     fn require_whole(&mut self, disk: DiskId) {
         (**self).require_whole(disk);
+    }
+
+    fn require(&mut self, disk: DiskId, range: ByteRange) {
+        (**self).require(disk, range);
+    }
+
+    fn knows_writes(&self) -> bool {
+        (**self).knows_writes()
+    }
+
+    fn written_since(&self, epoch: Epoch, disk: DiskId, range: ByteRange) -> Vec<ByteRange> {
+        (**self).written_since(epoch, disk, range)
     }
 
     fn clear_heal_set(&mut self) {

@@ -35,6 +35,10 @@
 //! quiet_ms = 1000                             # disks at rest for so long are read, for a point
 //! every_s = 60                                # disks that do not rest are read so often, to keep the copy near
 //!
+//! [scrub]                                     # source and vault are compared again and again; not with disks that are scanned
+//! every_days = 30                             # a round begins so long after the last one; 0: only by `farshore-agent scrub`
+//! read_mib_per_s = 8                          # mebibytes of disk read a second, at most
+//!
 //! [[disk]]
 //! name = "root"                               # how the product calls the disk; never changes
 //! path = "/srv/images/root.img"               # image file or block device
@@ -56,6 +60,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::consistency::settings::ConsistencyConfig;
 use crate::heal_pace::HealLimits;
+use crate::scrub::ScrubSettings;
 use crate::service::problem::Problem;
 
 /// Default size of the send buffer, in bytes.
@@ -121,6 +126,9 @@ pub struct AgentConfig {
     /// How disks are scanned.
     #[serde(default)]
     pub scan: ScanSettings,
+    /// How often and how fast source and vault are compared.
+    #[serde(default)]
+    pub scrub: ScrubSettings,
     /// The protected disks.
     #[serde(default, rename = "disk")]
     pub disks: Vec<DiskConfig>,
@@ -238,6 +246,7 @@ impl AgentConfig {
             ebpf_pins: None,
             limits: HealLimits::default(),
             scan: ScanSettings::default(),
+            scrub: ScrubSettings::default(),
             consistency: ConsistencyConfig::default(),
             disks: Vec::new(),
         }
@@ -294,6 +303,8 @@ impl AgentConfig {
         }
         between("quiet_ms", self.scan.quiet_ms, 100, 3_600_000)?;
         between("every_s", self.scan.every_s, 1, 7 * 86_400)?;
+        between("every_days", self.scrub.every_days.into(), 0, 3650)?;
+        between("read_mib_per_s", self.scrub.read_mib_per_s.into(), 1, 100_000)?;
         if let Some(rate) = self.limits.heal_read_mb_per_s_max {
             between("heal_read_mb_per_s_max", rate.into(), 1, 1_000_000)?;
         }
@@ -409,6 +420,7 @@ mod tests {
             assert_eq!((config.rotate_every_ms, config.proof_every_ms), (10_000, 500));
             assert_eq!(config.heal_chunk_bytes, 256 << 10);
         }
+        assert_eq!(documented.scrub, smallest.scrub);
         assert_eq!(smallest.disks[0].export_name(), "a");
         assert_eq!(smallest.nbd_socket(), Path::new("/s/nbd.sock"));
         assert_eq!(documented.nbd_tcp.expect("given").port(), 10809);
@@ -425,6 +437,10 @@ mod tests {
             (format!("{SMALLEST}[limits]\nheal_read_mb_per_s_max = 0"), "heal_read_mb_per_s_max is 0"),
             (format!("{SMALLEST}[limits]\nspeed = 1"), "speed"),
             (format!("{SMALLEST}[scan]\nquiet_ms = 20"), "quiet_ms is 20"),
+            (format!("{SMALLEST}[scrub]\nread_mib_per_s = 0"), "read_mib_per_s is 0"),
+            (format!("{SMALLEST}[scrub]\nevery_days = 4000"), "every_days is 4000"),
+            (format!("{SMALLEST}[scrub]\nevery_days = -1"), "invalid value"),
+            (format!("{SMALLEST}[scrub]\nevery_hours = 1"), "unknown field `every_hours`"),
             (format!("nbd_tcp = \"10.0.0.1:1\"\n{SMALLEST}"), "not a loopback address"),
             (format!("server_addresses = [\"ps1\"]\n{SMALLEST}"), "not host:port"),
             ("state_dir = \"s\"".to_owned(), "not an absolute path"),

@@ -22,6 +22,11 @@ use world::{BlockError, Clock, Monotonic};
 use crate::capture::{Capture, Continuity, Mode, NewDisk, Phase, RingPosition};
 use crate::heal_buffers::HealBuffers;
 use crate::heal_pace::HealPace;
+use crate::scrub::Scrubber;
+
+mod scrub;
+
+pub use scrub::ScrubRefusal;
 
 /// The way to the receiver, as the engine needs it. Never blocks.
 pub trait Wire {
@@ -123,6 +128,8 @@ pub struct Engine<C: Capture> {
     heal_work: VecDeque<HealWork>,
     heal_buffers: HealBuffers,
     heal_pace: HealPace,
+    scrub: Option<Scrubber>,
+    scrub_reads: VecDeque<(u64, DiskId, ByteRange)>,
     awaiting_settled: Option<Epoch>,
     /// Up to where a predecessor filled a ring that outlived it; none once that is numbered.
     inherited: Option<RingPosition>,
@@ -203,6 +210,8 @@ impl<C: Capture> Engine<C> {
             heal_work: VecDeque::new(),
             heal_buffers: HealBuffers::default(),
             heal_pace: HealPace::default(),
+            scrub: None,
+            scrub_reads: VecDeque::new(),
             awaiting_settled: None,
             unstreamed_seen: 0,
             connected: false,
@@ -363,6 +372,7 @@ impl<C: Capture> Engine<C> {
             self.execute(actions);
         }
         busy |= self.heal_reads();
+        busy |= self.scrub_step();
         if let Some(wire) = &mut wire {
             match self.send(*wire) {
                 Ok(sent) => busy |= sent,
@@ -505,6 +515,11 @@ impl<C: Capture> Engine<C> {
                         self.capture.clear(epoch);
                     }
                 }
+                Action::ReadForScrub { ask, disk, range } => self.scrub_reads.push_back((ask, disk, range)),
+                Action::LookForMarks { ask, since, disk, range } => self.look_for_marks(ask, since, disk, range),
+                Action::ScrubOver(over) => self.scrub_over(over),
+                Action::SuspicionNoted(id) => self.suspicion_noted(id),
+                Action::Compared { behind, reach } => self.healed(behind, &reach),
                 Action::Disconnect(reason) => self.outcome = Some(Step::Reconnect(reason)),
                 Action::Refused(reason) => self.outcome = Some(Step::Refused(reason)),
             }

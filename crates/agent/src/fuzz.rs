@@ -66,7 +66,13 @@ mod tests {
         let disks =
             br#"d{"disks": {"a": {"disk": 0, "serial": "s", "size_bytes": 4096, "inode": 7, "modified_ns": null},
             "b": {"disk": 1, "serial": "", "size_bytes": 0, "inode": null, "modified_ns": -5}}}"#;
+        let scrub = br#"r{"chain": "02020202020202020202020202020202",
+            "disks": [{"disk": 0, "equal": [[0, 65536, "3.9", 5], [69632, 512, "3.7", 4]]}],
+            "round": {"began_ns": 5, "whole": true, "disks": [0, 1], "at": 65536, "divergent": 2},
+            "ended_ns": 3, "rounds": 2, "suspicions": [{"id": 7, "chain": "02020202020202020202020202020202",
+            "after": "3.7", "until": "3.10", "ranges": [[0, 4096, 4096]], "cause": "differs"}]}"#;
         let seeds = [
+            ("scrub", scrub.to_vec()),
             ("enrolment", enrolment.to_vec()),
             ("cleared", cleared.to_vec()),
             ("stream", stream.to_vec()),

@@ -9,6 +9,7 @@
 //! * [`capture`]: writes, the ring, the dirty maps. [`engine`]: moves them to a receiver. [`wire`]: over TLS.
 //! * [`consistency`]: application-consistent points. [`system`]: what `/proc` and `/sys` say.
 //! * [`discovery`]: which disks there are, for who has to choose. [`hardware`]: the machine, for recovery.
+//! * [`scrub`]: source and vault compared again and again.
 //! * [`service`]: the running agent, made of all of these. [`status`]: what it says about itself.
 
 pub mod capture;
@@ -22,6 +23,7 @@ pub mod fuzz;
 pub mod hardware;
 mod heal_buffers;
 pub mod heal_pace;
+pub mod scrub;
 pub mod service;
 pub mod state;
 pub mod status;

@@ -32,6 +32,7 @@ use crate::disks::{self, DiskRegister, FoundDisk, Moment};
 use crate::engine::Engine;
 use crate::hardware::MachineDescription;
 use crate::heal_pace::HealPace;
+use crate::scrub::Scrubber;
 use crate::state::{self, StateDir};
 use crate::status::{
     AgentStatus, CertificateStatus, HealStatus, LinkStatus, NbdStatus, ProtectionState, RingStatus, STATUS_FORMAT,
@@ -571,6 +572,7 @@ fn engine(
         }
     };
     engine.set_heal_pace(HealPace::new(config.limits));
+    engine.set_scrub(Scrubber::new(config.scrub, Box::new(state.scrub_record()), options.clock.wall()));
     Ok(engine)
 }
 
@@ -632,6 +634,7 @@ fn first_status(
         reason: String::new(),
         capture: kind.name().to_owned(),
         scan: None,
+        scrub: None,
         link: LinkStatus::default(),
         certificate: CertificateStatus::default(),
         watermarks: Watermarks::default(),

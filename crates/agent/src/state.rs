@@ -7,6 +7,7 @@
 //! cleared           the newest commit on which maps were cleared
 //! point             an application-consistent point that is being taken
 //! stream            where the stream ended, from an orderly end to the next start
+//! scrub             what scrubs have compared, and what they found
 //! maps, maps.lock   dirty maps (docs/formats/dirty-maps.md)
 //! agent.lock        held by the running agent
 //! control.sock, nbd.sock
@@ -30,6 +31,8 @@ use serde::{Deserialize, Serialize};
 use world::{Clock, Files, RealFiles, SystemEntropy, durable};
 
 use crate::engine::ClearedMark;
+use crate::scrub::ScrubRecord;
+use crate::scrub::memory::{Memory, StoredMemory};
 use crate::service::problem::{Problem, chain};
 
 const IDENTITY: &str = "identity";
@@ -40,6 +43,7 @@ const IDENTITY_LOCK: &str = "identity.lock";
 const ENROLMENT: &str = "enrolment";
 const CLEARED: &str = "cleared";
 const STREAM: &str = "stream";
+const SCRUB: &str = "scrub";
 const LOCK: &str = "agent.lock";
 /// The name of the map file.
 pub(crate) const MAPS: &str = "maps";
@@ -333,6 +337,11 @@ impl StateDir {
         }
     }
 
+    /// What is remembered of scrubs.
+    pub fn scrub_record(&self) -> FileScrubRecord {
+        FileScrubRecord(self.clone())
+    }
+
     /// Makes `value` the record `name`, durable on return.
     pub(crate) fn write<T: Serialize>(&self, name: &str, value: &T) -> io::Result<()> {
         durable::replace(&self.files, name, encode(name, value)?.as_bytes(), "new")
@@ -401,6 +410,10 @@ pub(crate) fn fuzzed_record(data: &[u8]) -> bool {
             let Some(kept) = end.parse() else { return };
             let again = StreamEnd::of(Epoch(end.epoch), &kept).parse().expect("what was kept is read");
             assert_eq!(again, kept);
+        }),
+        b'r' => check::<StoredMemory>(SCRUB, json, |stored| {
+            let Some(memory) = stored.parse() else { return };
+            assert_eq!(StoredMemory::of(&memory).parse(), Some(memory), "what was remembered is read");
         }),
         b'd' => check::<crate::disks::DiskRegister>("disks", json, crate::disks::DiskRegister::check_fuzzed),
         _ => false,
@@ -479,6 +492,26 @@ struct Cleared {
 impl Cleared {
     fn parse(&self) -> Option<(ChainId, SequenceNumber)> {
         Some((self.chain.parse().ok()?, self.committed.parse().ok()?))
+    }
+}
+
+/// What is remembered of scrubs, in the state directory.
+pub struct FileScrubRecord(StateDir);
+
+impl ScrubRecord for FileScrubRecord {
+    fn load(&self) -> Option<Memory> {
+        let found = self
+            .0
+            .read::<StoredMemory>(SCRUB)
+            .and_then(|found| found.map(|found| found.parse().ok_or(RecordError::Damaged)).transpose());
+        found.unwrap_or_else(|error| {
+            tracing::warn!(error = chain(&error), "what scrubs have compared is not known any more");
+            None
+        })
+    }
+
+    fn store(&mut self, memory: &Memory) -> io::Result<()> {
+        self.0.write(SCRUB, &StoredMemory::of(memory))
     }
 }
 

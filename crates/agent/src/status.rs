@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 use crate::capture::scan::ScanStatus;
 use crate::consistency::ConsistencyStatus;
 use crate::engine::EngineStatus;
+use crate::scrub::ScrubProgress;
 
 /// Version of this document. Fields are added; a change of meaning gets a new version.
 pub const STATUS_FORMAT: u32 = 1;
@@ -71,6 +72,9 @@ pub struct AgentStatus {
     /// How scanning goes, if the disks are scanned: points exist only at the ends of scans.
     #[serde(default)]
     pub scan: Option<ScanStatus>,
+    /// How source and vault are compared again and again; null if that is not possible with this capture.
+    #[serde(default)]
+    pub scrub: Option<ScrubProgress>,
     /// The link to the process server.
     pub link: LinkStatus,
     /// With what it shows itself there.

@@ -14,7 +14,7 @@ mod site;
 #[path = "site/waits.rs"]
 mod waits;
 
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -23,6 +23,7 @@ use std::time::{Duration, Instant};
 
 use agent::capture::ebpf;
 use agent::config::{AgentConfig, CaptureChoice, DiskConfig};
+use agent::scrub::{ScrubProgress, ScrubSettings};
 use agent::service::control::{Answer, Request, ask};
 use agent::service::problem::ProblemKind;
 use agent::service::{Service, ServiceOptions};
@@ -33,7 +34,7 @@ use loops::{Loop, skip, succeeds};
 use points::Image;
 use process::Agent;
 use replication::wire::HealNeed;
-use replication::{ChangeKind, DiskId};
+use replication::{ByteRange, ChangeKind, DiskId, Ranges};
 use site::Server;
 use waits::{settle, status_of, wait_for, wait_protected};
 use world::{Access, BlockDevice, Entropy, FileDevice, SystemClock, SystemEntropy};
@@ -343,31 +344,99 @@ fn an_idle_agent_costs_little_and_wakes_at_once() {
     settle(|| machine.status());
     // What the file system of a machine at rest writes by itself is over soon.
     thread::sleep(Duration::from_secs(2));
-    let before = processor_time(agent.0.id());
-    thread::sleep(WATCHED);
-    let spent = processor_time(agent.0.id()) - before;
-    println!("{:.3} % of a core", spent.as_secs_f64() / WATCHED.as_secs_f64() * 100.0);
-    assert!(spent < WATCHED / 200, "an idle agent took {spent:?} in {WATCHED:?}");
+    // Others share the processors: what they cost it once in a while is not its own.
+    let watch = || {
+        let before = processor_time(agent.0.id());
+        thread::sleep(WATCHED);
+        let spent = processor_time(agent.0.id()) - before;
+        println!("{:.3} % of a core", spent.as_secs_f64() / WATCHED.as_secs_f64() * 100.0);
+        spent
+    };
+    assert!((0..3).any(|_| watch() < WATCHED / 200), "an idle agent takes more in {WATCHED:?}, three times");
     // A write after a rest arrives long before a sleep would have ended by itself.
     let file = File::create(machine.disk.mount.join("rare")).expect("created");
-    let mut took: Vec<Duration> = (0..9u64)
-        .map(|round| {
-            thread::sleep(Duration::from_millis(700));
-            let before = server.store().stream_bytes;
-            let since = Instant::now();
-            file.write_all_at(&[round as u8; 4096], round << 12).expect("written");
-            rustix::fs::fsync(&file).expect("synced");
-            wait_for("the write arrives", || server.store().stream_bytes > before);
-            since.elapsed()
-        })
-        .collect();
-    took.sort_unstable();
-    println!("a write after a rest arrives after {took:?}");
-    assert!(took[4] < Duration::from_millis(80), "half of them within {:?}", took[4]);
+    let wake = |round: u64| {
+        thread::sleep(Duration::from_millis(700));
+        let before = server.store().stream_bytes;
+        let since = Instant::now();
+        file.write_all_at(&[round as u8; 4096], round << 12).expect("written");
+        rustix::fs::fsync(&file).expect("synced");
+        wait_for("the write arrives", || server.store().stream_bytes > before);
+        since.elapsed()
+    };
+    let at_once = (0..3u64).any(|attempt| {
+        let mut took: Vec<Duration> = (0..9).map(|round| wake(attempt * 9 + round)).collect();
+        took.sort_unstable();
+        println!("a write after a rest arrives after {took:?}");
+        took[4] < Duration::from_millis(80)
+    });
+    assert!(at_once, "half of the writes arrive later, three times");
     drop(file);
     machine.disk.unmount();
     settle(|| machine.status());
     machine.assert_replicated(&server);
+}
+
+/// Begins a scrub, waits until it has ended and what it found is healed; what scrubs have found so far.
+fn scrub(machine: &Machine, service: &Service, disk: Option<&str>) -> ScrubProgress {
+    let answer = ask(&machine.config.control_socket(), &Request::Scrub { disk: disk.map(str::to_owned) });
+    assert!(matches!(answer, Ok(Answer::Scrubbing { bytes: DISK_BYTES })), "{answer:?}");
+    let progress = || service.status().scrub.expect("eBPF can be scrubbed");
+    // The status is taken ten times a second.
+    thread::sleep(Duration::from_millis(250));
+    wait_for("the scrub has ended", || !progress().running && service.status().state == ProtectionState::Protected);
+    progress()
+}
+
+#[test]
+fn a_scrub_finds_what_nobody_captured_and_nothing_beside_a_workload() {
+    let server = Server::start(false);
+    server.store().commits = true;
+    let Some(mut machine) = Machine::new(&server, "scrub", 64 << 20) else { return };
+    machine.config.scrub = ScrubSettings { every_days: 0, read_mib_per_s: 1000 };
+    let service = machine.start();
+    wait_protected(|| Some(service.status()));
+    let load = Load::start(&machine.disk.mount);
+    for _ in 0..2 {
+        scrub(&machine, &service, None);
+    }
+    let beside = scrub(&machine, &service, None);
+    load.end();
+    assert!(beside.same_bytes > DISK_BYTES && beside.differing_bytes == 0, "{beside:?}");
+    assert!(server.store().range_gaps.is_empty(), "{:?}", server.store().range_gaps);
+
+    let mut known = vec![0; 256 << 10];
+    SystemEntropy.fill(&mut known);
+    std::fs::write(machine.disk.mount.join("known"), &known).expect("written");
+    machine.disk.unmount();
+    settle(|| Some(service.status()));
+    scrub(&machine, &service, Some("disk"));
+    let before = server.store().journaled;
+    // Behind the back of everybody above the image.
+    let image = machine.folder.join("disk.img");
+    let content = std::fs::read(&image).expect("readable");
+    // A file system so small has blocks of 1 KiB: the next leaf behind the place is the file's as well.
+    let at = content.chunks(1024).position(|block| block == &known[65_536..66_560]).expect("it is on the disk");
+    let at = (at as u64 * 1024).next_multiple_of(4096);
+    let file = OpenOptions::new().write(true).open(&image).expect("opens");
+    file.write_all_at(&[0x5a; 8192], at).expect("written");
+    let found = scrub(&machine, &service, Some("disk"));
+    assert_eq!(found.differing_bytes, 8192, "{found:?}");
+    settle(|| Some(service.status()));
+    machine.assert_replicated(&server);
+    let expected = Ranges::of([(DiskId(0), ByteRange::new(at, 8192))]);
+    {
+        let store = server.store();
+        assert_eq!(store.range_gaps, std::slice::from_ref(&expected), "it lacked until it was healed");
+        let [(after, until, ranges)] = &store.suspicions[..] else { panic!("{:?}", store.suspicions) };
+        assert_eq!((ranges, *after <= before && after < until), (&expected, true), "{after} to {until} of {before}");
+        assert!(after.0 > 0, "it had been compared before");
+    }
+    assert_eq!(scrub(&machine, &service, None).differing_bytes, 8192, "it differs no more");
+
+    let unknown = ask(&machine.config.control_socket(), &Request::Scrub { disk: Some("other".into()) });
+    assert!(unknown.as_ref().is_err_and(|problem| problem.why.contains("`other`")), "{unknown:?}");
+    service.stop().expect("stops");
 }
 
 /// Anonymous memory of a process, in bytes: what it has besides programs, mapped files and the kernel's ring.

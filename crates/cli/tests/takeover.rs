@@ -376,6 +376,71 @@ fn points_say_which_disks_they_lack() {
     server.kill();
 }
 
+/// Runs `farshore-agent scrub`; whether it did, and what it said.
+fn begin_scrub(ground: &Ground, words: &[&str]) -> (Option<i32>, String) {
+    let state = ground.at("agent");
+    let words = [&["scrub", "--state-dir", &state], words].concat();
+    let run = Command::new(env!("CARGO_BIN_EXE_farshore-agent")).args(words).stdin(Stdio::null()).output().unwrap();
+    let said = [run.stdout, run.stderr].concat();
+    (run.status.code(), String::from_utf8_lossy(&said).into_owned())
+}
+
+/// What the disk became behind the agent's back is found, healed, and told of the points in between.
+#[test]
+fn a_scrub_finds_what_was_written_past_the_agent_and_its_points_say_so() {
+    let ground = Ground::new();
+    let config = fs::read_to_string(ground.site.path("agent.toml")).unwrap();
+    let scrubbed = format!("{config}\n[scrub]\nevery_days = 0\nread_mib_per_s = 1000\n");
+    fs::write(ground.site.path("agent.toml"), scrubbed).unwrap();
+    let server = ground.site.start_server();
+    let agent = ground.site.start_agent();
+    ground.wait_protected();
+    ground.mark("before");
+    let scrub = |words: &[&str]| {
+        assert_eq!(begin_scrub(&ground, words).0, Some(0));
+        std::thread::sleep(Duration::from_millis(250));
+        let ended = |status: &AgentStatus| {
+            status.scrub.is_some_and(|scrub| !scrub.running) && status.state == ProtectionState::Protected
+        };
+        ground.wait_for("scrubbed", ended).scrub.unwrap()
+    };
+    let clean = scrub(&[]);
+    assert_eq!((clean.same_bytes, clean.differing_bytes, clean.rounds), (DISKS as u64 * DISK_BYTES, 0, 1));
+    ground.write(2 << 20, 0x11);
+    ground.mark("not wrong yet");
+    let image = fs::OpenOptions::new().write(true).open(ground.site.image(1)).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&image, &[0xee; 8192], 3 << 20).unwrap();
+    ground.mark("wrong");
+    let found = scrub(&["disk1"]);
+    assert_eq!((found.differing_bytes, found.rounds), (8192, 1), "{found:?}");
+    ground.mark("healed");
+    let lacking = |marker: &str| {
+        let said = ground.site.with_key(&["vault", "points"], &["--at", marker]);
+        said[0]["lacking"].as_array().unwrap().clone()
+    };
+    assert!(lacking("before").is_empty(), "it was found equal since");
+    assert!(lacking("healed").is_empty());
+    for marker in ["not wrong yet", "wrong"] {
+        let [lacks] = &lacking(marker)[..] else { panic!("{marker} lacks {:?}", lacking(marker)) };
+        assert_eq!(lacks["scope"], "bytes 3145728..3153920 of disk 1");
+        let cause = lacks["cause"].as_str().unwrap();
+        assert!(
+            cause.starts_with("suspect: a scrub found") && cause.contains("last known to be equal at 2"),
+            "{cause}"
+        );
+    }
+    let text = listed(&ground);
+    assert!(text.contains("suspect: a scrub found it to differ"), "{text}");
+    let (code, said) = begin_scrub(&ground, &["disk7"]);
+    assert!(code == Some(2) && said.contains("disk7") && said.contains("disk1"), "{code:?} {said}");
+    agent.kill();
+    let target = ground.at("exported");
+    ground.site.with_key(&["branch", "export"], &["--at", "healed", "--disk", "1", "--to", &target]);
+    assert!(fs::read(&target).unwrap() == fs::read(ground.site.image(1)).unwrap());
+    ground.site.with_key(&["vault", "verify"], &[]);
+    server.kill();
+}
+
 /// The answer of the server at `address` to an order of a branch host that speaks another version.
 fn answer_to_another_version(state: &Path, address: &str) -> Value {
     let identity = LinkIdentity::load(&RealFiles::new(state), "link.identity").unwrap().unwrap();

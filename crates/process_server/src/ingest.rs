@@ -17,7 +17,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use bytes::Bytes;
 use replication::receiver::{Action, Event, Receiver};
 use replication::wire::{HealContent, Message, OfferHashes, OfferedLeaf};
-use replication::{ByteRange, ChainId, Change, Cut, DiskId, HealId, PointTime, Reach, SequenceNumber, StreamHash};
+use replication::{
+    ByteRange, ChainId, Change, Cut, DiskId, HealId, PointTime, Ranges, Reach, SequenceNumber, StreamHash,
+};
 
 use crate::journal::thread::Completion;
 use crate::journal::{ChangeReader, JournalError, Manifest, NoteKind, Record, Replayed};
@@ -185,6 +187,21 @@ pub enum Work {
         heal: HealId,
         cause: String,
     },
+    Scrub {
+        offer: u64,
+        behind: SequenceNumber,
+        disk: DiskId,
+        start: u64,
+        leaves: Vec<OfferedLeaf>,
+    },
+    Suspected {
+        id: u64,
+        after: SequenceNumber,
+        until: SequenceNumber,
+        time: PointTime,
+        ranges: Ranges,
+        cause: String,
+    },
     /// The session is over; the next thing may be a new one.
     SessionEnded,
 }
@@ -346,6 +363,12 @@ impl Ingest {
                 }
                 Action::HealEnd { heal, cut } => self.hold(Work::HealEnd { heal, cut }),
                 Action::HealAborted { heal, cause } => self.hold(Work::HealAborted { heal, cause }),
+                Action::Scrub { offer, behind, disk, start, leaves } => {
+                    self.hold(Work::Scrub { offer, behind, disk, start, leaves });
+                }
+                Action::Suspected { id, after, until, time, ranges, cause } => {
+                    self.hold(Work::Suspected { id, after, until, time, ranges, cause });
+                }
                 Action::Disconnect { reason } => out.disconnect = Some(reason),
             }
         }

@@ -136,7 +136,7 @@ fn weight(work: &Work) -> u64 {
     match work {
         Work::Changes { changes, .. } => changes.iter().map(|change| change.kind.data_len() as u64 + 64).sum(),
         Work::HealData { content: replication::wire::HealContent::Data(data), .. } => data.len() as u64,
-        Work::Compare { leaves, .. } => leaves.len() as u64 * 17,
+        Work::Compare { leaves, .. } | Work::Scrub { leaves, .. } => leaves.len() as u64 * 17,
         _ => 64,
     }
 }

@@ -15,6 +15,7 @@ mod gaps;
 mod greet;
 mod heal;
 mod open;
+mod scrub;
 
 use std::num::NonZeroUsize;
 use std::sync::Arc;
@@ -35,12 +36,15 @@ use crate::ingest::{ChangeLog, ReadBack, Work};
 use crate::journal::JournalError;
 use crate::notes::GapNote;
 
+use std::collections::VecDeque;
+
 use commit::{Flying, Pending};
 use gaps::OpenGap;
 pub use greet::Greeted;
 use greet::Renewal;
 use heal::HealSink;
 pub use open::OpenError;
+use scrub::ScrubOffer;
 
 /// What all chains of a process server share.
 #[derive(Clone)]
@@ -161,6 +165,8 @@ pub struct Pipeline {
     pending: Pending,
     flying: Option<Flying>,
     heal: Option<HealSink>,
+    /// Offers of scrubs that wait for their verdict.
+    scrubs: VecDeque<ScrubOffer>,
     /// Gaps that no heal has ended yet.
     open_gaps: Vec<OpenGap>,
     /// Newest point time and cut planner, for the next session.
@@ -269,7 +275,17 @@ impl Pipeline {
             }
             Work::HealData { heal, disk, range, content } => self.heal_data(heal, disk, range, content, &mut events),
             Work::HealEnd { heal, cut } => self.heal_end(heal, cut),
-            Work::HealAborted { .. } | Work::SessionEnded => self.keep_partial_image(),
+            Work::Scrub { offer, behind, disk, start, leaves } => {
+                self.scrubs.push_back(ScrubOffer { offer, behind, disk, start, leaves });
+            }
+            Work::Suspected { id, after, until, time, ranges, cause } => {
+                self.suspect(id, (after, until), time, (ranges, cause), &mut events);
+            }
+            Work::HealAborted { .. } => self.keep_partial_image(),
+            Work::SessionEnded => {
+                self.scrubs.clear();
+                self.keep_partial_image();
+            }
         }
         Ok(events)
     }
@@ -291,6 +307,7 @@ impl Pipeline {
         }
         self.land(now, &mut events)?;
         self.judge_offers(now, &mut events);
+        self.judge_scrubs(now, &mut events);
         Ok(events)
     }
 

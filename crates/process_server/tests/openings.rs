@@ -11,14 +11,14 @@ use std::sync::{Arc, RwLock};
 use std::time::Duration;
 
 use bytes::Bytes;
-use process_server::ingest::Ingest;
+use process_server::ingest::{Ingest, Work};
 use process_server::journal::{ChainState, HostKey, Journal, JournalConfig, JournalThread, QueueConfig};
 use process_server::pipeline::{Greeted, Pace, Pipeline, PipelineError, Services};
-use replication::receiver::Receiver;
-use replication::wire::{HealNeed, Hello, Message, OfferHashes, PROTOCOL_VERSION, Resume, Welcome};
+use replication::receiver::{Event, Receiver, ScrubbedLeaf};
+use replication::wire::{HealNeed, Hello, Message, OfferHashes, OfferedLeaf, PROTOCOL_VERSION, Resume, Welcome};
 use replication::{
     ByteRange, ChainId, Change, ChangeKind, DiskGeometry, DiskId, DiskIdentity, Generation, HealId, InstanceId,
-    MachineId, PointTime, Ranges, Reach, SequenceNumber, SourceTime, StreamHash,
+    MachineId, PlainLeafHash, PointTime, Ranges, Reach, SequenceNumber, SourceTime, StreamHash,
 };
 use vault::keys::{PassphraseCost, WriterRole, WriterSession};
 use vault::pack::load_dedup;
@@ -549,4 +549,93 @@ fn what_fails_again_behind_the_start_of_a_heal_is_another_gap() {
     let gaps = site.history(pipeline.chain()).gaps();
     let of_ranges: Vec<_> = gaps.iter().skip(1).map(|gap| (gap.after, gap.until.is_some())).collect();
     assert_eq!(of_ranges, [(SequenceNumber(p0.0 - 1), true), (p0, false)], "{gaps:?}");
+}
+
+/// Steps until the pipeline says what `wanted` takes.
+fn until<T>(pipeline: &mut Pipeline, wanted: impl Fn(&Event) -> Option<T>) -> T {
+    for _ in 0..5000 {
+        if let Some(found) = pipeline.step().expect("works").iter().find_map(&wanted) {
+            return found;
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    panic!("it never says so");
+}
+
+/// With everything up to where the sender wants it, and with nothing that nobody promised.
+#[test]
+fn a_scrub_is_compared_with_what_is_committed_and_told_what_cannot_be() {
+    let site = Site::new();
+    let process = site.server("server").start();
+    let mut pipeline = process.open(Some(&hello(1, None, HealNeed::Maps))).expect("a new chain");
+    let mut sending = Sending::whole(&process, &mut pipeline);
+    let leaf = |index: u64| ByteRange::new(index * 4096, 4096);
+    let part = ChangeKind::Write { range: ByteRange::new(8192, 512), data: vec![4; 512].into() };
+    let third = ChangeKind::Write { range: leaf(3), data: vec![5; 4096].into() };
+    for kind in [part, third, ChangeKind::Discard { range: leaf(3) }] {
+        sending.change(Some(&mut pipeline), kind);
+    }
+    let behind = sending.write(Some(&mut pipeline), 2);
+    assert!(pipeline.committed() < behind, "it is not committed yet");
+    let hash = |fill: u8| OfferedLeaf::Hash(PlainLeafHash::of(&[fill; 4096]).0);
+    let leaves =
+        vec![OfferedLeaf::Zero, hash(2), hash(4), hash(5), hash(6), OfferedLeaf::Unreadable, OfferedLeaf::Zero];
+    let expected = [
+        ScrubbedLeaf::Same,
+        ScrubbedLeaf::Same,
+        // Nobody knows a hash of what was written in part, nor what a disk returns of discarded blocks.
+        ScrubbedLeaf::Untold,
+        ScrubbedLeaf::Untold,
+        ScrubbedLeaf::Differs,
+        ScrubbedLeaf::Untold,
+        ScrubbedLeaf::Same,
+    ];
+    pipeline.work(Work::Scrub { offer: 7, behind, disk: DiskId(0), start: 0, leaves }).expect("works");
+    let said = until(&mut pipeline, |event| match event {
+        Event::Scrubbed { offer: 7, leaves } => Some(leaves.clone()),
+        _ => None,
+    });
+    assert!(pipeline.committed() >= behind);
+    assert_eq!(said, expected);
+}
+
+#[test]
+fn a_suspicion_is_a_gap_of_the_past_however_often_it_is_told() {
+    let site = Site::new();
+    let server = site.server("server");
+    let process = server.start();
+    let mut pipeline = process.open(Some(&hello(1, None, HealNeed::Maps))).expect("a new chain");
+    let mut sending = Sending::whole(&process, &mut pipeline);
+    let after = SequenceNumber(sending.next.0 - 1);
+    sending.now = SourceTime(2_000_000_000);
+    let last = sending.write(Some(&mut pipeline), 2);
+    settle(&mut pipeline);
+    let ranges = Ranges::of([(DiskId(0), ByteRange::new(4096, 8192))]);
+    let suspected = || Work::Suspected {
+        id: 9,
+        after,
+        until: last.next(),
+        time: PointTime(5),
+        ranges: ranges.clone(),
+        cause: "suspect: it differs".into(),
+    };
+    let noted = |event: &Event| matches!(event, Event::SuspicionNoted { id: 9 }).then_some(());
+    assert!(pipeline.work(suspected()).expect("works").is_empty(), "not before it is in the vault");
+    assert!(pipeline.work(suspected()).expect("works").is_empty());
+    until(&mut pipeline, noted);
+    assert!(pipeline.work(suspected()).expect("works").iter().any(|event| noted(event).is_some()), "it is known");
+    let chain = pipeline.chain();
+    drop((pipeline, sending, process));
+    // Told to a process that does not know of it.
+    let process = server.start();
+    let mut pipeline = process.open(None).expect("opens");
+    pipeline.work(suspected()).expect("works");
+    until(&mut pipeline, noted);
+    settle(&mut pipeline);
+    let history = site.history(chain);
+    let [_, suspicion] = &history.gaps()[..] else { panic!("{:?}", history.gaps()) };
+    assert!(suspicion.hides(last) && !suspicion.hides(after) && !suspicion.hides(last.next()), "{suspicion:?}");
+    assert!(suspicion.to_string().contains("suspect: it differs"), "{suspicion}");
+    let all = ChainHistory::load_all(site.unlocked.store(), site.unlocked.keys(), chain).expect("readable");
+    assert_eq!(all.gaps(), history.gaps());
 }

@@ -366,6 +366,9 @@ impl HomeSession {
                 tracing::info!(cause, "the comparison starts again");
                 self.healing = None;
             }
+            Action::Scrub { .. } | Action::Suspected { .. } => {
+                self.over = Some("a home disk is proved by its failback, not by a scrub".into());
+            }
             Action::Disconnect { reason } => self.over = Some(reason),
             // A disk has one state: points and gaps are the chain's.
             Action::Cut(_) | Action::GapOpened { .. } | Action::Proven { .. } => {}

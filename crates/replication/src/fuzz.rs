@@ -131,12 +131,20 @@ mod tests {
             window_bytes: 16 << 20,
             past: Some((sequence, hash)),
         };
+        let suspect = Message::Suspect {
+            id: 3,
+            after: sequence,
+            until: SequenceNumber(12),
+            ranges: lacking.clone(),
+            cause: "found to differ by a scrub".into(),
+        };
         let hashes = OfferHashes::Keyed(LeafKey::new([7; 32]));
         let leaves = vec![OfferedLeaf::Zero, OfferedLeaf::Hash([8; 16]), OfferedLeaf::Unknown, OfferedLeaf::Unreadable];
         let data = |content| Message::HealData { heal, disk, range: ByteRange::new(4096, 4), content };
         let begin =
             Message::HealBegin { heal, p0: sequence, whole: true, reach: Reach::Machine, hashes, planned_bytes: 9 };
         let names = vec![OfferedLeaf::Hash([8; 16]), OfferedLeaf::Zero];
+        let (scrubbed, bits) = (leaves.clone(), Bytes::from_static(&[0b0101]));
         let granules = Message::OfferGranules { heal, offer, disk, start: 8192, leaves: 20, granules: names };
         vec![
             ("hello", Message::Hello(hello)),
@@ -151,6 +159,10 @@ mod tests {
             ("offer", Message::Offer { heal, offer, disk, start: 8192, leaves: leaves.clone() }),
             ("offer-granules", granules),
             ("offer-leaves", Message::OfferLeaves { heal, offer, leaves }),
+            ("scrub-offer", Message::ScrubOffer { offer: 5, behind: sequence, disk, start: 8192, leaves: scrubbed }),
+            ("scrub-verdict", Message::ScrubVerdict { offer: 5, differing: bits.clone(), untold: bits }),
+            ("suspect", suspect),
+            ("suspect-noted", Message::SuspectNoted { id: 3 }),
             ("wants", Message::Wants { heal, offer, wanted: Bytes::from_static(&[0b0101]) }),
             ("heal-data", data(HealContent::Data(Bytes::from_static(b"data")))),
             ("heal-zero", data(HealContent::Zero)),
@@ -175,7 +187,13 @@ mod tests {
         let again = [&first[..], &[1], &welcome(1), &[23], &stream, &[10, 1, 9], &heal, &committed].concat();
         let keyed = [&[0x81][..], &welcome(0x40), &heal, &[10, 6, 9, 23], &heal, &welcome(0x41), &heal].concat();
         let held = [&[2][..], &welcome(0x50), &heal, &[22, 1, 23, 22, 0, 23], &stream, &[1, 0, 21, 0, 23]].concat();
-        let seeds = [("first", first), ("again", again), ("keyed", keyed), ("held", held)];
+        // A stretch: wanted, an epoch of its own, everything committed, then reads, verdicts and marks.
+        let settled = [12, 0xff, 0xff, 0, 0, 23, 14, 1, 4, 0, 0, 0xff, 0xff, 20, 12, 0xff, 0xff, 0, 0, 14, 1];
+        let stretch =
+            [&[22, 192][..], &settled, &settled, &[23, 14, 0, 9, 23, 22, 193, 0, 0, 3, 0, 0, 14, 0, 0]].concat();
+        let found = [22, 194, 23, 22, 195, 22, 198, 23];
+        let scrubbed = [&first[..], &stretch, &stretch, &found, &heal, &committed, &stretch].concat();
+        let seeds = [("first", first), ("again", again), ("keyed", keyed), ("held", held), ("scrubbed", scrubbed)];
         replay::replay("sender_events", sender_events, &seeds);
     }
 
@@ -195,7 +213,10 @@ mod tests {
         let broken = [&begin[..], &write, &start, &machine, &data, &granules, &write, &durable].concat();
         let partial = [&begin[..], &start, &ranges, &data, &write, &durable].concat();
         let fresh = [&renewed[..], &start, &machine, &granules, &data, &write, &durable].concat();
-        let seeds = [("stream", stream), ("broken", broken), ("partial", partial), ("fresh", fresh)];
+        let scrub = [23, 70, 0, 0, 0, 5, 0, 8, 0, 0, 23, 130, 23, 200, 216, 2, 0, 0, 9, 1, 0, 0, 23, 230];
+        let scrubbed = [&begin[..], &write, &durable, &scrub, &write, &scrub].concat();
+        let seeds =
+            [("stream", stream), ("broken", broken), ("partial", partial), ("fresh", fresh), ("scrubbed", scrubbed)];
         replay::replay("receiver_events", receiver_events, &seeds);
     }
 

@@ -112,6 +112,17 @@ impl<'a> DirtyMap<'a> {
         !self.cells.iter().any(is_set)
     }
 
+    /// Which granules that `range`, which lies within the disk, touches are marked, as ranges of the disk.
+    pub fn marked_within(self, range: ByteRange) -> impl Iterator<Item = ByteRange> {
+        fence(Ordering::Acquire);
+        let granule = self.scale.granule_bytes();
+        let touched = self.scale.cells_of(range).filter(move |index| is_set(&self.cells[*index]));
+        touched.map(move |index| {
+            let start = index as u64 * granule;
+            ByteRange::new(start, granule.min(self.disk_bytes - start))
+        })
+    }
+
     /// What is marked, as ranges of the disk: sorted, disjoint, not adjacent, clipped to the disk.
     pub fn ranges(self) -> Vec<ByteRange> {
         fence(Ordering::Acquire);
@@ -215,6 +226,10 @@ mod tests {
                         ranges.iter().flat_map(|range| (range.start..range.end()).step_by(512)).collect();
                     prop_assert_eq!(sectors, oracle_ranges(set, granule, DISK_BYTES));
                     prop_assert_eq!(map(index).is_clear(), set.is_empty());
+                    let probe = ByteRange::new(7 * GRANULE_BYTES + 512, 30 * GRANULE_BYTES);
+                    let within: Vec<u64> = map(index).marked_within(probe).map(|marked| marked.start / granule).collect();
+                    let expected: Vec<u64> = granules(probe, granule).filter(|index| set.contains(index)).collect();
+                    prop_assert_eq!(within, expected);
                     for probe in 0..101 {
                         let start = probe * GRANULE_BYTES;
                         let range = ByteRange::new(start, 512);

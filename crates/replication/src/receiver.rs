@@ -8,16 +8,20 @@
 //! that it is durable; no cut lies inside a gap, that is, between the last change before a break and the heal's end.
 
 mod greeting;
+mod scrub;
+
+use std::collections::BTreeMap;
 
 use crate::change::{Change, HealId, SourceTime, StreamHash};
 use crate::cut::{Cut, CutKind, CutPlanner, PointClock, PointTime};
 use crate::geometry::{ByteRange, DiskGeometry, LEAF_BYTES};
 use crate::offers::GranuleOffers;
 use crate::position::{ChainId, DiskId, Generation, SequenceNumber};
-use crate::reach::Reach;
+use crate::reach::{Ranges, Reach};
 use crate::wire::{HealContent, HealNeed, Hello, Message, OfferHashes, OfferedLeaf, PROTOCOL_VERSION, Welcome};
 
 pub use greeting::{Greeting, Remembered, greet};
+pub use scrub::ScrubbedLeaf;
 
 /// What a session starts with, after [`greet`] and, for a renewal, after the generation was opened.
 #[derive(Debug, Clone)]
@@ -79,6 +83,15 @@ pub enum Event {
     },
     HealCommitted {
         heal: HealId,
+    },
+    /// Verdict on what a scrub offered, one entry a leaf.
+    Scrubbed {
+        offer: u64,
+        leaves: Vec<ScrubbedLeaf>,
+    },
+    /// The vault holds what was said of these points.
+    SuspicionNoted {
+        id: u64,
     },
     /// The owner cannot finish this heal.
     HealFailed {
@@ -161,6 +174,25 @@ pub enum Action {
         heal: HealId,
         cause: String,
     },
+    /// Compare with what is held, and with no less than everything up to `behind`, and answer with [`Event::Scrubbed`].
+    /// Plain hashes; nothing is to be kept.
+    Scrub {
+        offer: u64,
+        behind: SequenceNumber,
+        disk: DiskId,
+        start: u64,
+        leaves: Vec<OfferedLeaf>,
+    },
+    /// Cuts behind `after` and before `until` are not known to hold what these ranges held. Answer with
+    /// [`Event::SuspicionNoted`] once that is recorded.
+    Suspected {
+        id: u64,
+        after: SequenceNumber,
+        until: SequenceNumber,
+        time: PointTime,
+        ranges: Ranges,
+        cause: String,
+    },
     /// The session is over; the reason is for the log and, as a refusal, for the sender.
     Disconnect {
         reason: String,
@@ -194,6 +226,8 @@ pub struct Receiver {
     /// Whether the running heal's hashes are keyed.
     keyed: bool,
     granules: GranuleOffers,
+    /// Offers of scrubs whose verdict is out, and how many leaves each has.
+    scrubbed: BTreeMap<u64, usize>,
     ended: Option<(Healing, SequenceNumber)>,
 }
 
@@ -229,6 +263,7 @@ impl Receiver {
             healing: None,
             keyed: false,
             granules: GranuleOffers::default(),
+            scrubbed: BTreeMap::new(),
             ended: None,
         };
         (receiver, welcome)
@@ -284,6 +319,12 @@ impl Receiver {
                     out.push(Action::Send(Message::Wants { heal, offer, wanted }));
                 }
             }
+            Event::Scrubbed { offer, leaves } => {
+                if self.scrubbed.remove(&offer) == Some(leaves.len()) {
+                    out.push(Action::Send(scrub::verdict(offer, &leaves)));
+                }
+            }
+            Event::SuspicionNoted { id } => out.push(Action::Send(Message::SuspectNoted { id })),
             Event::HealProcessed { heal, bytes } => {
                 if self.is_current(heal) {
                     out.push(Action::Send(Message::HealCredit { heal, received_bytes: bytes }));
@@ -394,6 +435,15 @@ impl Receiver {
                 self.in_gap &= !healing.of_machine;
                 self.ended = Some((healing, end));
                 out.push(Action::HealEnd { heal, cut });
+                Ok(())
+            }
+            Message::ScrubOffer { offer, behind, disk, start, leaves } => {
+                self.check_scrub(offer, behind, (disk, start), leaves.len())?;
+                out.push(Action::Scrub { offer, behind, disk, start, leaves });
+                Ok(())
+            }
+            Message::Suspect { id, after, until, ranges, cause } => {
+                self.suspect(id, (after, until), (ranges, cause), out);
                 Ok(())
             }
             Message::HealAbort { heal, cause } if self.is_current(heal) => {

@@ -8,6 +8,7 @@
 //! heal:    Idle ► Wanted ► Rotating ► Settling ► Running ► Ending ► Ended ──committed──► Idle
 //!                   ▲                                 │        │       │
 //!                   └────────── link lost, stream broke again ─┴───────┘
+//! scrub:   see [`ScrubOutcome`]: only while the stream is whole and no heal is wanted
 //! ```
 //!
 //! While the stream is whole, ranges of it may be lacking (`lacking`): they are healed in the same way, but nothing older is
@@ -25,6 +26,7 @@ mod healing;
 mod lacking;
 mod past;
 mod resumption;
+mod scrub;
 
 use std::collections::VecDeque;
 
@@ -40,6 +42,8 @@ pub use events::{
 };
 use lacking::Lacking;
 use past::Past;
+pub use scrub::{SUSPICIONS_MAX, ScrubFinding, ScrubOutcome, Suspicion};
+use scrub::{Scrub, Suspicions};
 
 #[derive(Debug)]
 enum Link {
@@ -87,6 +91,12 @@ pub struct Sender {
     /// Only whole-disk comparison will do.
     whole_needed: bool,
     heal: Heal,
+    scrub: Scrub,
+    suspicions: Suspicions,
+    /// Numbers of what is compared by scrubs, never used twice.
+    next_ask: u64,
+    /// Offers of scrubs on this link whose verdict is out.
+    scrub_unanswered: usize,
     /// What the heal that has a `p0` covers, and its `p0`.
     reach: Reach,
     p0: SequenceNumber,
@@ -160,12 +170,18 @@ impl Sender {
             HealNeed::Nothing => StreamState::Whole,
             _ => StreamState::Broken { at: SequenceNumber(0), cause: "the agent started".into() },
         };
+        // An answer to another run's question, late on its way, is none to this one's.
+        let run = config.instance.0.first_chunk().map_or(0, |first| u32::from_le_bytes(*first));
         Sender {
             config,
             link: Link::Down,
             stream,
             whole_needed: need == HealNeed::Whole,
             heal: if need == HealNeed::Nothing { Heal::Idle } else { Heal::Wanted },
+            scrub: Scrub::Idle,
+            suspicions: Suspicions::NONE,
+            next_ask: u64::from(run) << 32,
+            scrub_unanswered: 0,
             reach: Reach::Machine,
             p0: SequenceNumber(0),
             lacking: Lacking::default(),
@@ -334,6 +350,11 @@ impl Sender {
                     run.fetched(disk, range, data);
                 }
             }
+            Event::Scrub(ranges) => self.want_scrub(ranges, &mut out),
+            Event::ScrubRead { ask, leaves } => self.scrub_read(ask, leaves),
+            Event::Marked { ask, marked } => self.marked(ask, &marked, &mut out),
+            Event::Diverged(suspicion) => self.diverged(suspicion),
+            Event::Suspected(suspicion) => self.suspect(suspicion),
             Event::Joined { geometry, ranges, cause, producer } => self.joined(geometry, ranges, &cause, producer),
             Event::Leaving { geometry, cause } => self.left(geometry, &cause),
             Event::Gone(disk) => self.gone(disk),
@@ -343,6 +364,7 @@ impl Sender {
                 }
             }
         }
+        self.check_scrub(&mut out);
         out
     }
 
@@ -364,6 +386,8 @@ impl Sender {
         if self.sent < self.unreleased.len() {
             return out;
         }
+        self.tell_suspicions(&mut out);
+        self.pump_scrub(&mut out);
         let may_heal = match &self.stream {
             StreamState::Broken { .. } => true,
             StreamState::Whole => self.lacking.wants_heal() && self.consumed >= self.lacking_until,
@@ -408,6 +432,8 @@ impl Sender {
         self.sent_bytes = 0;
         self.break_announced = false;
         self.lacking.link_down();
+        self.suspicions.link_down();
+        self.scrub_unanswered = 0;
         self.want_heal_again(false);
     }
 
@@ -454,6 +480,10 @@ impl Sender {
                 }
                 self.want_heal_again(true);
             }
+            (Message::ScrubVerdict { offer, differing, untold }, Link::Up { .. }) => {
+                self.scrub_verdict(offer, differing, untold, out);
+            }
+            (Message::SuspectNoted { id }, Link::Up { .. }) => self.suspicion_noted(id, out),
             (other, _) => {
                 out.push(Action::Disconnect(format!("unexpected message {:?}", std::mem::discriminant(&other))))
             }
@@ -554,11 +584,7 @@ impl Sender {
             let time = if whole { known.min(now) } else { SourceTime(0) };
             out.push(Action::Send(Message::Proof { captured: self.assigned, time, now }));
         }
-        if now >= self.next_rotation
-            && matches!(self.closing, ClosingEpoch::None)
-            && matches!(self.heal, Heal::Idle)
-            && matches!(self.stream, StreamState::Whole)
-        {
+        if self.rotation_is_due() {
             self.next_rotation = SourceTime(now.0 + self.config.rotate_every_ns);
             out.push(Action::Rotate { for_heal: false });
         }

@@ -20,6 +20,7 @@ struct Platters {
     cached: BTreeSet<usize>,
     unreadable: BTreeSet<usize>,
     fail_writes: u32,
+    garble_writes: u32,
 }
 
 /// A simulated disk. Clones are the same disk.
@@ -38,6 +39,7 @@ impl SimDisk {
             cached: BTreeSet::new(),
             unreadable: BTreeSet::new(),
             fail_writes: 0,
+            garble_writes: 0,
         };
         SimDisk { platters: Arc::new(Mutex::new(platters)) }
     }
@@ -94,6 +96,12 @@ impl SimDisk {
         self.lock().fail_writes = count;
     }
 
+    /// The next `count` writes put other bytes into their last sector than they were given, as if somebody had changed the
+    /// buffer on the way.
+    pub fn garble_writes(&self, count: u32) {
+        self.lock().garble_writes = count;
+    }
+
     /// Makes the sector at `offset` unreadable until it is written.
     pub fn break_sector(&self, offset: u64) {
         self.lock().unreadable.insert(offset as usize / SECTOR);
@@ -110,6 +118,10 @@ impl SimDisk {
         let len = if fails { data.len() / 2 / SECTOR * SECTOR } else { data.len() };
         let start = offset as usize;
         platters.current[start..start + len].copy_from_slice(&data[..len]);
+        if platters.garble_writes > 0 && len > 0 {
+            platters.garble_writes -= 1;
+            platters.current[start + len - SECTOR..start + len].iter_mut().for_each(|byte| *byte ^= 0x5a);
+        }
         for sector in start / SECTOR..(start + len).div_ceil(SECTOR) {
             platters.cached.insert(sector);
             platters.unreadable.remove(&sector);

@@ -96,6 +96,9 @@ struct World {
     burst_at: u64,
     bug: Option<Bug>,
     snapshot: Option<Vec<Vec<u8>>>,
+    /// Bytes that scrubs found equal, and as many of them as this run of the agent had found when it was looked at.
+    scrubbed_bytes: u64,
+    scrubbed_seen: u64,
     /// The model can no longer say what the disks hold in these states: a write failed or a sector was lost.
     wall_errors: bool,
 }
@@ -125,6 +128,7 @@ impl World {
             disk_bytes: vec![288 * 1024, 100 * 1024 + 512],
             ring_bytes: 96 * 1024,
             write_bytes_max: 12 * 1024,
+            write_unit_bytes: 512,
             // With more, nobody waits for credit.
             heal_window_bytes: if bug == Some(Bug::CreditNotPaid) { Width::Narrow } else { width }.heal_window_bytes(),
         };
@@ -181,6 +185,8 @@ impl World {
             burst_at: 0,
             bug,
             snapshot: None,
+            scrubbed_bytes: 0,
+            scrubbed_seen: 0,
             wall_errors: false,
         }
     }
@@ -238,6 +244,12 @@ impl World {
         if self.source.is_in_service() && (self.rng.one_in(40) || !working) {
             self.source.mend_sector();
         }
+        // In every second life source and vault are compared all the time: nothing differs, so nothing may be found to.
+        if self.seed.is_multiple_of(2) && self.rng.one_in(10) {
+            self.source.scrub();
+        }
+        let same = self.source.scrub_progress().map_or(0, |progress| progress.same_bytes);
+        self.scrubbed_bytes += same.saturating_sub(std::mem::replace(&mut self.scrubbed_seen, same));
         for _ in 0..2 {
             self.source.step();
             for index in 0..self.servers.len() {

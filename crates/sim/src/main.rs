@@ -96,10 +96,11 @@ fn lives(options: &Options) -> bool {
     let count = |fault: &Fault| sum.faults.get(fault).copied().unwrap_or(0);
     let counts: Vec<_> = Fault::ALL.iter().map(|fault| format!("{fault:?} {}", count(fault))).collect();
     println!("faults: {}", counts.join(", "));
-    let Report { points, partial_points, gaps, manifests, .. } = sum;
+    let Report { points, partial_points, gaps, manifests, scrubbed_bytes, .. } = sum;
     println!("{points} points judged, {partial_points} of them lacking ranges; {gaps} gaps, {manifests} manifests");
     let Undisturbed { moves, restarts } = sum.undisturbed;
     println!("with nothing else around them: {moves} drained moves, {restarts} restarts of the agent");
+    println!("scrubs found {} MiB equal beside the workload, and nothing else", scrubbed_bytes >> 20);
     println!("{} branches opened, {} returns from one", sum.branches, sum.returns);
     println!("sim: {} passed, {failures} failed", options.count - failures);
     let missing: Vec<_> = Fault::ALL.iter().filter(|fault| count(fault) == 0).collect();
@@ -108,8 +109,8 @@ fn lives(options: &Options) -> bool {
             eprintln!("error: these faults never occurred: {missing:?}");
             return false;
         }
-        if [moves, restarts, partial_points].contains(&0) {
-            eprintln!("error: nothing was judged of what is planned, or no point that lacks ranges");
+        if [moves, restarts, partial_points, scrubbed_bytes].contains(&0) {
+            eprintln!("error: nothing was judged of what is planned, or no point that lacks ranges, or no scrub");
             return false;
         }
     }

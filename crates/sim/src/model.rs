@@ -195,6 +195,11 @@ impl Model {
         self.disks.iter().map(|(disk, bytes)| (*disk, bytes.len() as u64)).collect()
     }
 
+    /// What the disks' user has written to them.
+    pub fn contents(&self) -> &[(DiskId, Vec<u8>)] {
+        &self.disks
+    }
+
     /// All moments at which the disks had this digest.
     pub fn when(&self, digest: StateDigest) -> &[KnownState] {
         self.states.get(&digest).map_or(&[], Vec::as_slice)

@@ -52,6 +52,8 @@ pub enum Bug {
     CloseIgnored,
     /// A server that takes over does not ask what the sender still has: a planned move opens a gap.
     HandOverForgotten,
+    /// A scrub takes what is written while it looks for what differs.
+    ScrubIgnoresWriters,
     /// Heal data is stored, and its sender is never told that it may send more.
     CreditNotPaid,
     /// In an outage: what a full journal does not take is acknowledged all the same.
@@ -65,7 +67,7 @@ pub enum Bug {
 }
 
 /// What lives must catch, in the order in which the test runs them.
-pub const ALL: [Bug; 25] = [
+pub const ALL: [Bug; 26] = [
     Bug::AckBeforeSync,
     Bug::HealBelowOlderWrites,
     Bug::HealAboveStream,
@@ -91,6 +93,7 @@ pub const ALL: [Bug; 25] = [
     Bug::CloseIgnored,
     Bug::HandOverForgotten,
     Bug::CreditNotPaid,
+    Bug::ScrubIgnoresWriters,
 ];
 
 /// What shows only while the vault is away for long: the tests of outages must catch it.

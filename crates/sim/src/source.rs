@@ -12,6 +12,8 @@ use agent::capture::mapfile::MemoryMapStore;
 use agent::capture::splitter::{ProtectedDisk, Splitter, SplitterConfig};
 use agent::capture::{Capture, Unbroken};
 use agent::engine::{ClearedMark, Engine, Step, Wire};
+use agent::scrub::memory::Memory;
+use agent::scrub::{ScrubProgress, ScrubRecord, ScrubSettings, Scrubber};
 use replication::geometry::{GRANULE_BYTES, LEAF_BYTES};
 use replication::sender::{KeptStream, SenderConfig};
 use replication::wire::{Message, OfferHashes};
@@ -47,6 +49,8 @@ pub struct SourceShape {
     pub ring_bytes: u64,
     /// Largest write of the workload in bytes.
     pub write_bytes_max: u64,
+    /// Writes of the workload begin and end at multiples of this, in bytes; disks are that large.
+    pub write_unit_bytes: u64,
     /// How much heal data may be under way, in bytes.
     pub heal_window_bytes: u64,
 }
@@ -64,6 +68,24 @@ impl ClearedMark for SharedMark {
         Ok(())
     }
 }
+
+/// What the agent remembers of scrubs. Outlives it, as its state directory does.
+#[derive(Debug, Clone, Default)]
+struct SharedRecord(Arc<std::sync::Mutex<Option<Memory>>>);
+
+impl ScrubRecord for SharedRecord {
+    fn load(&self) -> Option<Memory> {
+        self.0.lock().expect("single-threaded").clone()
+    }
+
+    fn store(&mut self, memory: &Memory) -> std::io::Result<()> {
+        *self.0.lock().expect("single-threaded") = Some(memory.clone());
+        Ok(())
+    }
+}
+
+/// Scrubs begin when the life wants one, and read fast.
+const SCRUBS: ScrubSettings = ScrubSettings { every_days: 0, read_mib_per_s: 100 };
 
 struct Running {
     splitter: Splitter,
@@ -121,6 +143,7 @@ pub struct Source {
     disks: Vec<(DiskGeometry, SimDisk)>,
     maps: MemoryMapStore,
     mark: SharedMark,
+    scrubs: SharedRecord,
     boot: [u8; 16],
     running: Option<Running>,
     link: Option<LinkEnd>,
@@ -171,6 +194,7 @@ impl Source {
             disks,
             maps: MemoryMapStore::new(),
             mark: SharedMark::default(),
+            scrubs: SharedRecord::default(),
             boot,
             running: None,
             link: None,
@@ -230,13 +254,14 @@ impl Source {
         let (clock, mark) = (Arc::new(self.clock.clone()), Box::new(self.mark.clone()));
         let unbroken = capture.unbroken();
         let kept = self.kept.take().zip(unbroken).filter(|((epoch, _), unbroken)| unbroken.ended_in == *epoch);
-        let engine = match kept {
+        let mut engine = match kept {
             None => Engine::new(capture, config, clock, None, mark),
             Some(((_, kept), Unbroken { lacking, .. })) => {
                 let joining = lacking.into_iter().map(|(disk, range, cause)| (Ranges::of([(disk, range)]), cause));
                 Engine::resume(capture, config, clock, mark, kept, joining.collect())
             }
         };
+        engine.set_scrub(Scrubber::new(SCRUBS, Box::new(self.scrubs.clone()), self.clock.wall()));
         self.running = Some(Running { splitter, engine });
     }
 
@@ -429,6 +454,7 @@ impl Source {
         self.rng.fill(&mut self.boot);
         self.maps = MemoryMapStore::new();
         self.mark = SharedMark::default();
+        self.scrubs = SharedRecord::default();
         self.kept = None;
         self.fit(&past.sizes());
         self.model.follow(past, self.time.now());
@@ -545,12 +571,13 @@ impl Source {
         let index = self.rng.below(self.disks.len() as u64) as usize;
         let (geometry, _) = &self.disks[index];
         let disk = running.splitter.disk(geometry.disk).expect("a protected disk");
-        let sectors = geometry.size_bytes / 512;
+        let unit = self.shape.write_unit_bytes;
+        let units = geometry.size_bytes / unit;
         // Hot spots make overwrites within and across cuts common.
-        let start = if self.rng.one_in(2) { self.rng.below(sectors.min(64)) } else { self.rng.below(sectors) };
-        let longest = (self.shape.write_bytes_max / 512).min(sectors - start);
-        let len = (1 + self.rng.below(longest)) * 512;
-        let start = start * 512;
+        let start = if self.rng.one_in(2) { self.rng.below(units.min(64)) } else { self.rng.below(units) };
+        let longest = (self.shape.write_bytes_max / unit).min(units - start);
+        let len = (1 + self.rng.below(longest)) * unit;
+        let start = start * unit;
         let mut data = vec![0; len as usize];
         match self.rng.below(10) {
             0 => drop(disk.write_zeroes(start..start + len)),
@@ -571,6 +598,39 @@ impl Source {
     /// Puts a marker into the stream. Returns whether there was room.
     pub fn mark(&mut self, name: &str) -> bool {
         self.running.as_mut().is_some_and(|running| running.engine.capture().mark(MarkerKind::Crash, name))
+    }
+
+    /// Begins to compare source and vault, unless that is under way.
+    pub fn scrub(&mut self) -> bool {
+        self.running.as_mut().is_some_and(|running| running.engine.begin_scrub(None).is_ok())
+    }
+
+    /// How that goes.
+    pub fn scrub_progress(&self) -> Option<ScrubProgress> {
+        self.running.as_ref()?.engine.scrub_progress()
+    }
+
+    /// One request reaches the disk as something else than was captured.
+    pub fn garble_a_write(&mut self) {
+        self.disks.iter().for_each(|(_, disk)| disk.garble_writes(1));
+        self.write_something();
+        self.disks.iter().for_each(|(_, disk)| disk.garble_writes(0));
+    }
+
+    /// Sectors in which the disks are not what their user wrote.
+    pub fn garbled(&self) -> Vec<(DiskId, u64)> {
+        let contents = self.contents();
+        let pairs = contents.iter().zip(self.model.contents());
+        let sectors = pairs.flat_map(|((disk, now), (_, meant))| {
+            let differing = now.chunks(512).zip(meant.chunks(512)).enumerate().filter(|(_, (now, meant))| now != meant);
+            differing.map(|(sector, _)| (*disk, sector as u64 * 512))
+        });
+        sectors.collect()
+    }
+
+    /// What the disks hold is what counts from now on, whoever meant what.
+    pub fn take_as_it_is(&mut self) {
+        self.model.reshape(self.contents(), self.time.now());
     }
 
     /// One request fails half-way. The model learns what the disks hold now; what the range was meant to hold is no

@@ -114,6 +114,21 @@ impl Capture for SpoiledCapture {
         self.inner.require_whole(disk);
     }
 
+    fn require(&mut self, disk: DiskId, range: ByteRange) {
+        self.inner.require(disk, range);
+    }
+
+    fn knows_writes(&self) -> bool {
+        self.inner.knows_writes()
+    }
+
+    fn written_since(&self, epoch: Epoch, disk: DiskId, range: ByteRange) -> Vec<ByteRange> {
+        match self.bug {
+            Some(Bug::ScrubIgnoresWriters) => Vec::new(),
+            _ => self.inner.written_since(epoch, disk, range),
+        }
+    }
+
     fn clear_heal_set(&mut self) {
         self.inner.clear_heal_set();
     }

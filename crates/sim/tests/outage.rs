@@ -198,6 +198,7 @@ fn small() -> SourceShape {
         disk_bytes: vec![320 << 10, 100 << 10],
         ring_bytes: 96 << 10,
         write_bytes_max: 12 << 10,
+        write_unit_bytes: 512,
         heal_window_bytes,
     }
 }

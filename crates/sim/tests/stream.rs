@@ -243,6 +243,7 @@ impl PlainServer {
             Action::CompareGranules { .. } | Action::CompareLeaves { .. } => {
                 unreachable!("plain hashes are offered by leaf")
             }
+            Action::Scrub { .. } | Action::Suspected { .. } => unreachable!("no scrub is switched on"),
             Action::HealData { heal, disk, range, content } => {
                 let (current, p0, bytes) = self.heal.as_mut().expect("a heal began");
                 assert_eq!(*current, heal);
@@ -321,6 +322,7 @@ fn run(seed: u64) -> Tally {
         disk_bytes: vec![256 * 1024, 96 * 1024 + 512],
         ring_bytes: 48 * 1024,
         write_bytes_max: 12 * 1024,
+        write_unit_bytes: 512,
         heal_window_bytes: replication::limits::HEAL_WINDOW_BYTES,
     };
     let mut source = Source::new(shape.clone(), &time, rng.fork(), None);

@@ -193,7 +193,10 @@ impl ChainHistory {
             }
             gaps.extend(generation.state.gaps.iter().cloned());
         }
-        gaps.sort_by_key(|gap| gap.after);
+        gaps.sort_by(|a, b| (a.after, &a.scope).cmp(&(b.after, &b.scope)));
+        // A suspicion is said until it is known to be noted: a server that took over in between has noted it again.
+        let end = |gap: &Gap| gap.until.map(|(until, _)| until);
+        gaps.dedup_by(|a, b| (a.after, &a.scope) == (b.after, &b.scope) && end(a) == end(b) && a.until.is_some());
         gaps
     }
 

@@ -386,6 +386,12 @@ enum Found {
 
 impl fmt::Display for Gap {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // A suspicion is recorded with its end, when somebody has looked: its cause says since when.
+        if let Some((_, until)) = self.until
+            && until == self.time
+        {
+            return write!(f, "{} until {} ({})", self.scope, wall(until), self.cause);
+        }
         write!(f, "{} from {}", self.scope, wall(self.time))?;
         match self.until {
             Some((_, time)) => write!(f, " to {}", wall(time))?,

@@ -166,6 +166,22 @@ impl ChainView {
         Ok(hashes)
     }
 
+    /// The parts of `range`, whose ends are multiples of the leaf size, that were discarded and not written since: they read
+    /// as zeroes here, and as anything on the disk.
+    ///
+    /// # Errors
+    /// If an index cannot be read.
+    pub fn discarded(&self, cut: SequenceNumber, disk: DiskId, range: ByteRange) -> Result<Vec<ByteRange>, ReadError> {
+        let mut found = Vec::new();
+        for window in range.split_at_multiples(WINDOW_GRANULES * GRANULE_BYTES) {
+            let mut painting = Painting::default();
+            self.paint(cut, disk, window, &mut painting)?;
+            let stretches = painting.into_stretches().into_iter();
+            found.extend(stretches.filter(|stretch| stretch.shown == Shown::Discarded).map(|stretch| stretch.range));
+        }
+        Ok(found)
+    }
+
     /// What `range` holds, in order and without gaps, neighbours of one kind joined. Stops after `extents_max`
     /// extents, so the answer may end before `range` does. Effort goes with the entries in `range`, not its length.
     ///

@@ -68,7 +68,7 @@ mod types;
 mod waking_tests;
 
 use assemble::Assembler;
-use epochs::{slot_of, unstreamed};
+use epochs::{slot_of, uncommitted, unstreamed};
 use grace::Grace;
 use layout::{Control, Cpu, GAP_CAUSES, MAPS_PER_DISK, PARTS_MAX, SLOTS, WORD_SHIFT, WORD_TRACK};
 use loader::Installed;
@@ -427,6 +427,29 @@ impl Capture for EbpfCapture {
         self.require_whole_index(self.slot(disk));
         // A stream that goes on as if nothing were in doubt would never be healed.
         self.keep(None);
+    }
+
+    fn require(&mut self, disk: DiskId, range: ByteRange) {
+        self.map(0, self.slot(disk)).mark(range);
+        // As above.
+        self.keep(None);
+    }
+
+    fn knows_writes(&self) -> bool {
+        true
+    }
+
+    fn written_since(&self, epoch: Epoch, disk: DiskId, range: ByteRange) -> Vec<ByteRange> {
+        let index = self.slot(disk);
+        let newer: Vec<usize> =
+            self.occupants().filter(|(_, occupant)| *occupant >= epoch).map(|(slot, _)| slot).collect();
+        let reaches_back = self.installed.ledger.occupant(slot_of(epoch)) == Some(epoch);
+        let all = |slot: &usize| self.whole_flag(*slot, index).load(Ordering::SeqCst) != 0;
+        if !reaches_back || newer.iter().any(all) {
+            return vec![range];
+        }
+        let maps = newer.into_iter().flat_map(|slot| [uncommitted(slot), unstreamed(slot)]);
+        maps.flat_map(|map| self.map(map, index).marked_within(range)).collect()
     }
 
     fn clear_heal_set(&mut self) {

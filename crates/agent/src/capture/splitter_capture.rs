@@ -119,6 +119,24 @@ impl Capture for SplitterCapture {
         self.shared.set.require_whole(self.index(disk));
     }
 
+    fn require(&mut self, disk: DiskId, range: ByteRange) {
+        self.shared.set.map(MapKind::Heal, self.index(disk)).mark(range);
+    }
+
+    fn knows_writes(&self) -> bool {
+        true
+    }
+
+    fn written_since(&self, epoch: Epoch, disk: DiskId, range: ByteRange) -> Vec<ByteRange> {
+        let (set, index) = (&self.shared.set, self.index(disk));
+        if set.occupant(Slot::of(epoch)) != Some(epoch) {
+            return vec![range];
+        }
+        let newer = Slot::ALL.into_iter().filter(|slot| set.occupant(*slot).is_some_and(|it| it >= epoch));
+        let maps = newer.flat_map(|slot| [MapKind::Uncommitted(slot), MapKind::Unstreamed(slot)]);
+        maps.flat_map(|kind| set.map(kind, index).marked_within(range)).collect()
+    }
+
     fn clear_heal_set(&mut self) {
         self.shared.set.clear_heal_set();
     }

@@ -11,12 +11,14 @@ use std::sync::mpsc;
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
+use replication::DiskId;
 use serde::{Deserialize, Serialize};
 
 use super::Shared;
 use super::drive::Command;
 use super::marks::{ENGINE_LIMIT, answer_freeze, answer_mark, answer_point};
 use super::problem::Problem;
+use crate::engine::ScrubRefusal;
 use crate::status::AgentStatus;
 
 /// Longest request in bytes.
@@ -76,6 +78,12 @@ pub enum Request {
         /// Its absolute path.
         config: PathBuf,
     },
+    /// Compare a disk, or all of them, with the vault, beginning now. What differs is healed.
+    Scrub {
+        /// The disk's name; all of them if none is given.
+        #[serde(default)]
+        disk: Option<String>,
+    },
     /// End in order.
     Stop,
 }
@@ -133,6 +141,11 @@ pub enum Answer {
         changes: Vec<String>,
         /// Other settings have changed as well: the next start takes them.
         restart: bool,
+    },
+    /// To `scrub`: it has begun; `status` says how it goes.
+    Scrubbing {
+        /// Bytes of disk that it goes through.
+        bytes: u64,
     },
     /// To `stop`.
     Stopping,
@@ -308,9 +321,46 @@ fn answer(request: Request, shared: &Shared) -> Result<Answer, Problem> {
             let (changes, restart) = shared.reload(&config)?;
             Ok(Answer::Reloaded { changes, restart })
         }
+        Request::Scrub { disk } => answer_scrub(shared, disk.as_deref()),
         Request::Stop => {
             shared.request_stop("the control socket");
             Ok(Answer::Stopping)
+        }
+    }
+}
+
+fn answer_scrub(shared: &Shared, name: Option<&str>) -> Result<Answer, Problem> {
+    let what = "no scrub was begun";
+    let disk = match name {
+        None => None,
+        Some(name) => {
+            let status = shared.status();
+            let found = status.disks.iter().find(|disk| disk.name == name).map(|disk| DiskId(disk.disk));
+            let names: Vec<&str> = status.disks.iter().map(|disk| disk.name.as_str()).collect();
+            let unknown =
+                || Problem::usage(what, format!("no disk is named `{name}`"), format!("name one of {names:?}"));
+            Some(found.ok_or_else(unknown)?)
+        }
+    };
+    let (reply, answer) = mpsc::sync_channel(1);
+    let deaf = |why: &str| Problem::failed(what, why, "restart the agent");
+    let sent = shared.commands.try_send(Command::Scrub { disk, reply });
+    sent.map_err(|_| deaf("the replication thread does not take commands"))?;
+    match answer.recv_timeout(ENGINE_LIMIT).map_err(|_| deaf("the replication thread does not answer"))? {
+        Ok(bytes) => Ok(Answer::Scrubbing { bytes }),
+        Err(ScrubRefusal::Unsupported) => Err(Problem::failed(
+            what,
+            "with disks that are scanned nobody knows what is written while they are compared",
+            "every scan looks at the whole disk; capture by eBPF can be scrubbed (`farshore-agent check`)",
+        )),
+        Err(ScrubRefusal::UnderWay) => Err(Problem::new(
+            super::problem::ProblemKind::AlreadySo,
+            what,
+            "one is under way, and goes on",
+            "`farshore-agent status` says how far it has come",
+        )),
+        Err(ScrubRefusal::NoDisk) => {
+            Err(Problem::failed(what, "the disk is not captured at the moment", "look at `farshore-agent status`"))
         }
     }
 }
@@ -328,6 +378,8 @@ mod tests {
             (r#"{"command":"freeze","limit_ms":5}"#, Request::Freeze { limit_ms: 5, mark: None }),
             (r#"{"command":"thaw"}"#, Request::Thaw),
             (r#"{"command":"reload","config":"/a"}"#, Request::Reload { config: "/a".into() }),
+            (r#"{"command":"scrub"}"#, Request::Scrub { disk: None }),
+            (r#"{"command":"scrub","disk":"a"}"#, Request::Scrub { disk: Some("a".into()) }),
             (r#"{"command":"stop"}"#, Request::Stop),
         ] {
             assert_eq!(serde_json::from_str::<Request>(line).expect(line), request);

@@ -11,7 +11,7 @@ use std::time::Duration;
 use link::LinkIdentity;
 use replication::sender::StreamState;
 use replication::wire::Message;
-use replication::{Generation, MarkerKind};
+use replication::{DiskId, Generation, MarkerKind};
 use world::Monotonic;
 
 use super::bell::Bell;
@@ -21,7 +21,7 @@ use super::problem::Problem;
 use super::uplink::Uplink;
 use super::{Shared, lock};
 use crate::capture::{Capture, RingPosition};
-use crate::engine::{Engine, Step, Wire};
+use crate::engine::{Engine, ScrubRefusal, Step, Wire};
 use crate::status::{LinkStatus, ProtectionState, gap_in_words};
 
 /// Shortest and longest wait between two looks at a capture that does not ring. A lone write waits this long at most before
@@ -68,6 +68,8 @@ pub(crate) enum Command {
     Disks { steps: Vec<DiskStep>, reply: SyncSender<Result<(), String>> },
     /// Show this identity, which has a new certificate, in the next session.
     Identity(Box<LinkIdentity>),
+    /// Begin to compare this disk, or all of them, with the vault; the answer says how many bytes.
+    Scrub { disk: Option<DiskId>, reply: SyncSender<Result<u64, ScrubRefusal>> },
     /// Send what is left, say good-bye, end.
     Finish { within: Duration },
 }
@@ -275,7 +277,7 @@ impl Drive {
         let awaited = self.finish_by.is_some() || self.moving.is_some();
         let asked = !self.pending.is_empty() || !self.settling.is_empty();
         let sender = self.engine.sender();
-        let at_rest = self.welcomed && sender.is_whole() && !sender.is_healing();
+        let at_rest = self.welcomed && sender.is_whole() && !sender.is_healing() && !sender.is_scrubbing();
         self.sleep_max.is_some() && !awaited && !asked && (at_rest || self.uplink.wire().is_none())
     }
 
@@ -317,6 +319,7 @@ impl Drive {
             Command::Describe { document } => (self.description, self.described) = (Some(document), false),
             Command::Settle { until, reply } => self.settling.push((until, reply)),
             Command::Ready { name, reply } => drop(reply.send(self.check_whole(&name))),
+            Command::Scrub { disk, reply } => drop(reply.send(self.engine.begin_scrub(disk))),
             Command::Disks { steps, reply } => drop(reply.send(self.change_disks(steps))),
             Command::Rest { until, reply } => {
                 let _ = reply.send(());
@@ -512,6 +515,7 @@ impl Drive {
 
     fn say_goodbye(&mut self) {
         let settled = self.engine.is_quiet();
+        self.engine.remember_scrub();
         *lock(&self.shared.kept) = self.engine.keep();
         if let Some(wire) = self.uplink.take_wire()
             && self.welcomed
@@ -566,6 +570,7 @@ impl Drive {
         reason.clone_into(&mut status.reason);
         status.state_for_s = now.since(self.state_since).as_secs();
         status.take_engine(&engine);
+        status.scrub = self.engine.scrub_progress();
         status.link = LinkStatus {
             connected: self.welcomed,
             server: self.uplink.server().to_owned(),

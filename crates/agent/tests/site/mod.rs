@@ -13,7 +13,7 @@ use agent::wire::{decode, frame_of};
 use link::{Authority, Connection, FrameLink, LinkRuntime, Listener, Reception, Role, TokenOrder};
 use replication::cut::{Cut, CutPlanner, PointTime};
 use replication::geometry::{LEAF_BYTES, SECTOR_BYTES};
-use replication::receiver::{self, Action, Event, Greeting, Receiver, Remembered, SessionStart};
+use replication::receiver::{self, Action, Event, Greeting, Receiver, Remembered, ScrubbedLeaf, SessionStart};
 use replication::wire::{HealContent, HealNeed, Hello, Message, OfferedLeaf};
 use replication::{
     ByteRange, ChainId, Change, ChangeKind, DiskId, Generation, HealId, MachineId, PlainLeafHash, Ranges, Reach,
@@ -51,6 +51,8 @@ impl Replica {
 /// What survives a restart of the server.
 pub struct Store {
     discard: bool,
+    /// What is journaled is in the vault at once, not only what a heal ends with.
+    pub commits: bool,
     pub replicas: BTreeMap<DiskId, Replica>,
     pub generation: Generation,
     pub journaled: SequenceNumber,
@@ -75,6 +77,9 @@ pub struct Store {
     pub heal_bytes: u64,
     pub stream_bytes: u64,
     pub offered_leaves: u64,
+    /// What scrubs had compared, and what they said of points.
+    pub scrubbed_bytes: u64,
+    pub suspicions: Vec<(SequenceNumber, SequenceNumber, Ranges)>,
     pub farewells: u32,
     /// Turn everyone away, saying this.
     pub refuse: Option<String>,
@@ -127,6 +132,7 @@ impl Server {
         });
         let store = Store {
             discard,
+            commits: false,
             replicas: BTreeMap::new(),
             generation: Generation(0),
             journaled: SequenceNumber(0),
@@ -147,6 +153,8 @@ impl Server {
             heal_bytes: 0,
             stream_bytes: 0,
             offered_leaves: 0,
+            scrubbed_bytes: 0,
+            suspicions: Vec::new(),
             farewells: 0,
             refuse: None,
             stalled: false,
@@ -386,6 +394,9 @@ impl Session {
                 store.journaled = changes.last().expect("never empty").sequence;
                 let journaled = store.journaled;
                 self.feed(store, Event::Journaled(journaled));
+                if store.commits {
+                    self.feed(store, Event::Committed(journaled));
+                }
             }
             Action::Cut(cut) => store.note_point(cut),
             Action::Proven { .. } => {}
@@ -403,6 +414,16 @@ impl Session {
             }
             Action::CompareGranules { .. } | Action::CompareLeaves { .. } => {
                 unreachable!("plain hashes are offered by leaf")
+            }
+            Action::Scrub { offer, disk, start, leaves, .. } => {
+                store.scrubbed_bytes += leaves.len() as u64 * 4096;
+                let verdict = |differs| if differs { ScrubbedLeaf::Differs } else { ScrubbedLeaf::Same };
+                let leaves = store.compare(disk, start, &leaves).into_iter().map(verdict).collect();
+                self.feed(store, Event::Scrubbed { offer, leaves });
+            }
+            Action::Suspected { id, after, until, ranges, .. } => {
+                store.suspicions.push((after, until, ranges));
+                self.feed(store, Event::SuspicionNoted { id });
             }
             Action::HealData { heal, disk, range, content } => self.heal_data(store, heal, disk, range, &content),
             Action::HealEnd { heal, cut } => {

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use agent::config::AgentConfig;
 use agent::consistency::left_over;
+use agent::scrub::ScrubProgress;
 use agent::service::control::{Answer, FREEZE_MS_MAX, MARK_WAIT_MS_MAX, Request, ask};
 use agent::service::problem::Problem;
 use agent::state::StateDir;
@@ -152,6 +153,14 @@ pub(crate) fn reload(config: &Path, output: &Output) -> Result<(), Problem> {
     Ok(())
 }
 
+pub(crate) fn scrub(target: &Target, disk: Option<String>, output: &Output) -> Result<(), Problem> {
+    let answer = ask(&target.config()?.control_socket(), &Request::Scrub { disk })?;
+    let Answer::Scrubbing { bytes: planned } = &answer else { return Err(unexpected(&answer)) };
+    output
+        .data(&answer, format!("a scrub of {} has begun; `farshore-agent status` tells how it goes", bytes(*planned)));
+    Ok(())
+}
+
 pub(crate) fn stop(target: &Target, output: &Output) -> Result<(), Problem> {
     let config = target.config()?;
     let answer = ask(&config.control_socket(), &Request::Stop)?;
@@ -173,6 +182,30 @@ pub(crate) fn stop(target: &Target, output: &Output) -> Result<(), Problem> {
 
 fn unexpected(answer: &Answer) -> Problem {
     Problem::failed("the agent's answer is not understood", format!("{answer:?}"), "use programs of the same version")
+}
+
+fn describe_scrub(scrub: &ScrubProgress, line: &mut impl FnMut(&str, String)) {
+    let at = |time| if time == 0 { "never".to_owned() } else { WallTime(time).to_string() };
+    let round = match scrub.running {
+        true => format!("{} of {} done", bytes(scrub.round_done_bytes), bytes(scrub.round_bytes)),
+        false => format!("the last one ended: {}", at(scrub.ended_ns)),
+    };
+    line("scrub", format!("{round}; all of it was last known to be equal: {}", at(scrub.oldest_ns)));
+    if scrub.differing_bytes > 0 {
+        line("DIFFERED", format!("{}, as scrubs since the start have found; healed", bytes(scrub.differing_bytes)));
+    }
+    let unknown = scrub.busy_bytes + scrub.untold_bytes + scrub.unreadable_bytes;
+    if unknown > 0 {
+        line(
+            "not told",
+            format!(
+                "{} were written to each time, of {} the vault knows no hash, {} cannot be read",
+                bytes(scrub.busy_bytes),
+                bytes(scrub.untold_bytes),
+                bytes(scrub.unreadable_bytes)
+            ),
+        );
+    }
 }
 
 fn describe(status: &AgentStatus) -> String {
@@ -248,6 +281,9 @@ fn describe(status: &AgentStatus) -> String {
         if !scan.blind.is_empty() {
             line("blind", scan.blind.clone());
         }
+    }
+    if let Some(scrub) = &status.scrub {
+        describe_scrub(scrub, &mut line);
     }
     let points = &status.consistency;
     if points.application_points + points.failures > 0 {

@@ -59,6 +59,28 @@ pub(crate) fn text(status: Option<&AgentStatus>) -> String {
         "How long writers waited for it.",
         &one(points.last_rest_ms as f64 / 1e3),
     );
+    if let Some(scrub) = &status.scrub {
+        metric("scrub_active", "gauge", "Whether source and vault are being compared.", &count(scrub.running.into()));
+        metric("scrub_round_bytes", "gauge", "Bytes of disk that the scrub goes through.", &count(scrub.round_bytes));
+        metric("scrub_done_bytes", "gauge", "Bytes of disk that it has come through.", &count(scrub.round_done_bytes));
+        metric("scrub_rounds_total", "counter", "Scrubs of all disks that ended.", &count(scrub.rounds));
+        let leaves = [
+            ("same", scrub.same_bytes),
+            ("differing", scrub.differing_bytes),
+            ("busy", scrub.busy_bytes),
+            ("untold", scrub.untold_bytes),
+            ("unreadable", scrub.unreadable_bytes),
+        ];
+        let leaves = leaves.map(|(found, bytes)| (format!("{{found=\"{found}\"}}"), bytes as f64));
+        metric("scrub_bytes_total", "counter", "What scrubs found, since the start.", &leaves);
+        let oldest = scrub.oldest_ns as f64 / 1e9;
+        metric(
+            "scrub_oldest_timestamp_seconds",
+            "gauge",
+            "When all was last known to be equal; 0: never.",
+            &one(oldest),
+        );
+    }
     let disks: Vec<_> = status
         .disks
         .iter()
@@ -89,12 +111,15 @@ mod tests {
             "ring":{"used_bytes":4096,"max_bytes":67108864},
             "heal":{"active":true,"planned_bytes":10,"compared_bytes":4,"sent_bytes":2},
             "writes":{"changes":7,"written_bytes":123456789012,"tracked":1,"failed":0},
+            "scrub":{"running":true,"round_bytes":9,"round_done_bytes":3,"same_bytes":2,"differing_bytes":4096,"busy_bytes":0,
+            "untold_bytes":0,"unreadable_bytes":0,"rounds":1,"ended_ns":5,"oldest_ns":4},
             "disks":[{"disk":0,"name":"a \"b\"\\","path":"/dev/vda","serial":"S-1","size_bytes":1024,"export":"a"}],
             "nbd":{"socket":"","tcp":[],"connections":0}}"#;
         let status: AgentStatus = serde_json::from_str(status).expect("a status");
         let text = text(Some(&status));
         for line in [
             "farshore_agent_up 1",
+            "farshore_agent_scrub_bytes_total{found=\"differing\"} 4096",
             "farshore_agent_state{state=\"healing\"} 1",
             "farshore_agent_state{state=\"protected\"} 0",
             "farshore_agent_written_bytes_total 123456789012",

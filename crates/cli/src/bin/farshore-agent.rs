@@ -93,6 +93,14 @@ enum Command {
         #[arg(long, env = "FARSHORE_AGENT_CONFIG", value_name = "FILE")]
         config: PathBuf,
     },
+    /// Compare a disk, or all of them, with the vault now, at the pace of `[scrub]`. What differs is healed, and points since it
+    /// was last known to be equal say so. `status` tells how it goes.
+    Scrub {
+        /// The disk's name in the configuration.
+        disk: Option<String>,
+        #[command(flatten)]
+        target: Target,
+    },
     /// Stop the running agent in order and wait until it has ended. Capture by eBPF goes on in the kernel; see `detach`.
     Stop(Target),
     /// Take the eBPF programs of a stopped agent out of the kernel.
@@ -165,6 +173,7 @@ fn main() -> ExitCode {
         Command::Freeze { limit_ms, mark, target } => {
             ask::freeze(&target, limit_ms, mark, &output).map_err(|problem| vec![problem])
         }
+        Command::Scrub { disk, target } => ask::scrub(&target, disk, &output).map_err(|problem| vec![problem]),
         Command::Thaw(target) => ask::thaw(&target, &output).map_err(|problem| vec![problem]),
         Command::Stop(target) => ask::stop(&target, &output).map_err(|problem| vec![problem]),
         Command::Reload { config } => ask::reload(&config, &output).map_err(|problem| vec![problem]),

@@ -43,6 +43,8 @@ pub(super) struct Pending {
     pub(super) images: Vec<LayerRef>,
     /// Heals that ended, and where.
     pub(super) heals_ended: Vec<(replication::HealId, SequenceNumber)>,
+    /// Suspicions whose gaps are among those opened: which, and where their gap begins.
+    pub(super) suspicions: Vec<(u64, SequenceNumber)>,
 }
 
 /// A manifest on its way, and what its success means.
@@ -133,6 +135,7 @@ impl Pipeline {
             geometries: pending.geometries.extract_if(.., |geometry| geometry.sequence <= through).collect(),
             images: std::mem::take(&mut pending.images),
             heals_ended: pending.heals_ended.extract_if(.., |(_, end)| *end <= through).collect(),
+            suspicions: pending.suspicions.extract_if(.., |(_, after)| *after <= through).collect(),
             changes: pending.changes,
         };
         self.pending = Pending {
@@ -145,6 +148,7 @@ impl Pipeline {
             gaps_closed: pending.gaps_closed,
             geometries: pending.geometries,
             heals_ended: pending.heals_ended,
+            suspicions: pending.suspicions,
             ..Pending::default()
         };
         first
@@ -162,6 +166,7 @@ impl Pipeline {
         content.geometries.extend(newer.geometries);
         content.images.extend(newer.images);
         content.heals_ended.extend(newer.heals_ended);
+        content.suspicions.extend(newer.suspicions);
         content.since = content.since.or(newer.since);
         self.pending = content;
     }
@@ -282,6 +287,8 @@ impl Pipeline {
                 events.push(Event::Committed(flying.through));
                 let ended = &flying.content.heals_ended;
                 events.extend(ended.iter().map(|(heal, _)| Event::HealCommitted { heal: *heal }));
+                let noted = &flying.content.suspicions;
+                events.extend(noted.iter().map(|(id, _)| Event::SuspicionNoted { id: *id }));
                 Ok(())
             }
             Err(VaultError::NumberBurnt { number }) => {

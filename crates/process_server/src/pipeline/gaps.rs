@@ -62,7 +62,7 @@ pub(super) fn ranges_of(scope: &GapScope, disks: &[DiskGeometry]) -> Ranges {
 }
 
 /// How the vault names what a break reaches: whole disks by their number.
-fn scope_of(reach: Reach, disks: &[DiskGeometry]) -> GapScope {
+pub(super) fn scope_of(reach: Reach, disks: &[DiskGeometry]) -> GapScope {
     let Reach::Ranges(ranges) = reach else { return GapScope::Machine };
     let is_whole = |(disk, range): (DiskId, ByteRange)| {
         disks.iter().any(|known| known.disk == disk && range.start == 0 && range.len == known.size_bytes)

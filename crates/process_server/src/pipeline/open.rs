@@ -255,6 +255,7 @@ impl Pipeline {
             pending: Pending::default(),
             flying: None,
             heal: None,
+            scrubs: std::collections::VecDeque::new(),
             open_gaps: Vec::new(),
             last_point: writer.proven_through(),
             planner: CutPlanner::default(),

@@ -4,7 +4,7 @@ use bytes::Bytes;
 
 use super::script::{Script, over_the_wire, raw};
 use crate::geometry::{GRANULE_BYTES, LEAF_BYTES};
-use crate::receiver::{Action, Event, Greeting, Receiver, Remembered, SessionStart, greet};
+use crate::receiver::{Action, Event, Greeting, Receiver, Remembered, ScrubbedLeaf, SessionStart, greet};
 use crate::wire::{HealContent, HealNeed, Hello, Message, OfferHashes, OfferedLeaf, PROTOCOL_VERSION, Resume};
 use crate::{
     ByteRange, ChainId, Change, ChangeKind, Cut, CutKind, DiskGeometry, DiskId, DiskIdentity, Generation, HealId,
@@ -43,6 +43,7 @@ struct Owner<'a> {
     p0: SequenceNumber,
     of_machine: bool,
     offers: Vec<(u32, usize)>,
+    scrubbed: Vec<(u64, usize)>,
     over: bool,
     any: bool,
 }
@@ -145,6 +146,7 @@ impl Owner<'_> {
             p0: SequenceNumber(0),
             of_machine: true,
             offers: Vec::new(),
+            scrubbed: Vec::new(),
             over: false,
             any: false,
         };
@@ -237,7 +239,26 @@ impl Owner<'_> {
             20 => return self.feed(Event::HealProcessed { heal: self.heal, bytes: 4096 }),
             21 => return self.feed(Event::HealCommitted { heal: self.heal }),
             22 => return self.feed(Event::HealFailed { heal: self.heal, reason: "no room".into() }),
-            _ => return self.feed(Event::Window(1 << 16)),
+            _ => match self.script.u8() {
+                0..=63 => return self.feed(Event::Window(1 << 16)),
+                what @ 64..=127 => {
+                    let (offer, behind, disk, start) = (u64::from(what % 40), self.near(), self.disk(), self.leaf());
+                    let leaves = vec![OfferedLeaf::Unknown; usize::from(self.script.u8())];
+                    Message::ScrubOffer { offer, behind, disk, start, leaves }
+                }
+                what @ 128..=191 => {
+                    let Some((offer, leaves)) = self.scrubbed.pop() else { return };
+                    let of = [ScrubbedLeaf::Same, ScrubbedLeaf::Differs, ScrubbedLeaf::Untold];
+                    let leaves = (0..leaves).map(|leaf| of[(leaf + usize::from(what)) % 3]).collect();
+                    return self.feed(Event::Scrubbed { offer, leaves });
+                }
+                what @ 192..=223 => {
+                    let (after, until) = (self.near(), self.near());
+                    let ranges = Ranges::of([(DiskId(0), self.range())]);
+                    Message::Suspect { id: u64::from(what), after, until, ranges, cause: "differs".into() }
+                }
+                what => return self.feed(Event::SuspicionNoted { id: u64::from(what) }),
+            },
         };
         if let Some(message) = over_the_wire(&message) {
             self.wall = self.wall.saturating_add(u64::from(self.script.u16()) << 12);
@@ -381,6 +402,21 @@ impl Owner<'_> {
             Action::HealEnd { cut, .. } => {
                 assert!(cut.sequence <= self.received && matches!(cut.kind, CutKind::HealEnd | CutKind::Marker { .. }));
                 self.in_gap &= !self.of_machine;
+            }
+            Action::Scrub { offer, behind, start, leaves, .. } => {
+                assert!(behind <= self.received, "compared behind {behind}, nothing is known after {}", self.received);
+                let end = start + leaves.len() as u64 * LEAF_BYTES;
+                assert!(end <= (u64::from(u16::MAX) * 512).max(DISK_BYTES).next_multiple_of(LEAF_BYTES));
+                assert!(!self.scrubbed.iter().any(|(known, _)| *known == offer), "{offer} is compared twice at a time");
+                self.scrubbed.push((offer, leaves.len()));
+                assert!(self.scrubbed.len() <= crate::limits::OFFERS_IN_FLIGHT_MAX);
+            }
+            Action::Suspected { after, until, .. } => {
+                assert!(
+                    after < until && until.0 <= self.received.0.saturating_add(1),
+                    "{after} to {until} of {}",
+                    self.received
+                );
             }
             Action::Disconnect { .. } => self.over = true,
             Action::CompareLeaves { .. } | Action::HealData { .. } | Action::HealAborted { .. } => {}

@@ -6,7 +6,7 @@ use bytes::Bytes;
 
 use super::script::{Script, over_the_wire, raw};
 use crate::geometry::{GRANULE_BYTES, LEAF_BYTES};
-use crate::sender::{Action, CaptureReport, Event, Request, Sender, SenderConfig};
+use crate::sender::{Action, CaptureReport, Event, Request, Sender, SenderConfig, Suspicion};
 use crate::wire::{HealNeed, Message, OfferHashes, OfferedLeaf, PROTOCOL_VERSION, Welcome};
 use crate::{
     ByteRange, ChainId, Change, ChangeKind, DiskGeometry, DiskId, DiskIdentity, Epoch, Generation, HealId, InstanceId,
@@ -31,6 +31,9 @@ pub fn sender_events(data: &[u8]) -> bool {
 enum Question {
     Read(DiskId, ByteRange),
     Fetch(DiskId, ByteRange),
+    /// The same of a scrub, and what is marked meanwhile.
+    Scrub(u64, ByteRange),
+    Marks(u64, ByteRange),
 }
 
 struct Owner<'a> {
@@ -56,6 +59,8 @@ struct Owner<'a> {
     starts: Vec<(HealId, SequenceNumber)>,
     heal: HealId,
     offer: u32,
+    /// The newest offer of a scrub.
+    scrubbed: u64,
     any: bool,
     /// A second disk, which comes and goes while the first one is captured.
     second: Second,
@@ -119,6 +124,7 @@ impl Owner<'_> {
             starts: Vec::new(),
             heal: HealId(0),
             offer: 0,
+            scrubbed: 0,
             any: false,
             second: Second::Absent,
         };
@@ -185,6 +191,9 @@ impl Owner<'_> {
             }
             22 => {
                 let what = self.script.u8();
+                if what >= 192 {
+                    return self.scrub(what);
+                }
                 if what >= 128 {
                     return self.change_disks();
                 }
@@ -200,6 +209,34 @@ impl Owner<'_> {
             }
         };
         self.feed(event, true);
+    }
+
+    /// A stretch is to be compared, an answer comes, something was found.
+    fn scrub(&mut self, what: u8) {
+        let suspicion = |id, until: SequenceNumber| Suspicion {
+            id,
+            chain: ChainId([9; 16]),
+            after: SequenceNumber(until.0 / 2),
+            until,
+            ranges: Ranges::of([(DiskId(0), ByteRange::new(4096 * u64::from(what & 7), 8192))]),
+            cause: "found to differ by a scrub".into(),
+        };
+        let [assigned, ..] = self.sender.watermarks();
+        match what % 4 {
+            0 => self.feed(Event::Scrub(vec![(DiskId(0), ByteRange::new(0, DISK_BYTES))]), true),
+            1 => {
+                let offer = self.script.position(self.scrubbed);
+                let differing = Bytes::copy_from_slice(self.script.take(2));
+                let untold = Bytes::copy_from_slice(self.script.take(2));
+                self.receive(Message::ScrubVerdict { offer, differing, untold });
+            }
+            2 if self.sender.may_scrub() => {
+                self.feed(Event::Diverged(suspicion(u64::from(what), assigned.next())), true);
+                assert!(self.sender.is_healing() && !self.sender.lacking().is_empty(), "what differs is to be healed");
+            }
+            2 => self.feed(Event::Suspected(suspicion(u64::from(what), assigned.next())), true),
+            _ => self.receive(Message::SuspectNoted { id: u64::from(what - 1) }),
+        }
     }
 
     /// The second disk comes, leaves, or is forgotten once nothing of it is under way. Each ends the link.
@@ -352,6 +389,19 @@ impl Owner<'_> {
                 let data = (what & 0x80 == 0).then(|| Bytes::from(vec![what; range.len as usize]));
                 Event::HealRead { disk, range, leaves: leaves.collect(), data }
             }
+            Some(Question::Scrub(ask, range)) => {
+                let what = self.script.u8();
+                let leaves = (0..range.len.div_ceil(LEAF_BYTES)).map(|leaf| match u64::from(what) + leaf {
+                    sum if sum % 5 == 0 => OfferedLeaf::Zero,
+                    sum if sum % 7 == 0 => OfferedLeaf::Unreadable,
+                    sum => OfferedLeaf::Hash([sum as u8; 16]),
+                });
+                Event::ScrubRead { ask, leaves: leaves.collect() }
+            }
+            Some(Question::Marks(ask, range)) => {
+                let marked = (self.script.u8() & 1 == 1).then_some(range);
+                Event::Marked { ask, marked: marked.into_iter().collect() }
+            }
             Some(Question::Fetch(disk, range)) => {
                 let data = (self.script.u8() > 16).then(|| Bytes::from(vec![1; range.len as usize]));
                 Event::HealFetched { disk, range, data }
@@ -403,6 +453,16 @@ impl Owner<'_> {
                 Action::ClearHealSet { committed, .. } | Action::ClearEpoch { committed, .. } => {
                     assert!(committed <= self.sender.watermarks()[0], "cleared on {committed}");
                 }
+                Action::ReadForScrub { ask, range, .. } => self.questions.push_back(Question::Scrub(ask, range)),
+                Action::LookForMarks { ask, range, .. } => self.questions.push_back(Question::Marks(ask, range)),
+                Action::ScrubOver(Ok(outcome)) => {
+                    assert!(self.sender.may_scrub(), "a stretch is over although the stream is not at rest");
+                    let named: u64 = outcome.findings.iter().map(|(_, range, _)| range.len).sum();
+                    assert_eq!(named, DISK_BYTES, "every leaf has a finding");
+                    assert!(outcome.behind <= self.sender.watermarks()[3], "compared before it was committed");
+                }
+                Action::Compared { behind, .. } => assert!(behind <= self.sender.watermarks()[3], "not committed"),
+                Action::ScrubOver(Err(_)) | Action::SuspicionNoted(_) => {}
                 Action::RequireWhole | Action::Disconnect(_) | Action::Refused(_) => {}
             }
         }
@@ -421,6 +481,11 @@ impl Owner<'_> {
                 (self.heal, self.offer) = (heal, 0);
             }
             Message::Offer { offer, .. } | Message::OfferGranules { offer, .. } => self.offer = offer,
+            Message::ScrubOffer { offer, behind, .. } => {
+                assert!(behind <= self.sender.watermarks()[3], "offered before it was committed");
+                self.scrubbed = offer;
+            }
+            Message::Suspect { after, until, .. } => assert!(after < until, "a suspicion of nothing"),
             Message::HealData { disk, range, .. } => {
                 assert!(disk <= DiskId(1) && range.end() <= DISK_BYTES, "heal data of {range}");
                 assert!(disk == DiskId(0) || self.second == Second::Here, "a disk that is not there is healed");

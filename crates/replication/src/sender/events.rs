@@ -1,10 +1,11 @@
 //! What a sender is told and what it answers with: the vocabulary between the state machine and its owner.
 
+use super::scrub::{ScrubOutcome, Suspicion};
 use crate::change::{ChangeKind, SourceTime, StreamHash};
 use crate::cut::PointTime;
 use crate::geometry::{ByteRange, DiskGeometry};
 use crate::position::{ChainId, DiskId, Epoch, Generation, InstanceId, MachineId, SequenceNumber};
-use crate::reach::Ranges;
+use crate::reach::{Ranges, Reach};
 use crate::wire::{Message, OfferHashes, OfferedLeaf};
 
 /// Who sends, and how.
@@ -151,6 +152,22 @@ pub enum Event {
     },
     /// Answer to [`Action::SampleProducer`].
     Producer(u64),
+    /// Compare these ranges, which begin at multiples of 4 KiB, with the vault. Answered by [`Action::ScrubOver`].
+    Scrub(Vec<(DiskId, ByteRange)>),
+    /// Answer to [`Action::ReadForScrub`]: one entry a leaf, read since it was asked.
+    ScrubRead {
+        ask: u64,
+        leaves: Vec<OfferedLeaf>,
+    },
+    /// Answer to [`Action::LookForMarks`], looked at since it was asked.
+    Marked {
+        ask: u64,
+        marked: Vec<ByteRange>,
+    },
+    /// A scrub has found these ranges to differ; the owner remembers it, and the heal set names them.
+    Diverged(Suspicion),
+    /// An earlier run found them, and nobody is known to have noted it.
+    Suspected(Suspicion),
     /// A disk was added, or has grown to what `geometry` says: from `producer` on, what is written to `ranges` is in the ring.
     /// The owner ends the link: the next greeting announces the disk.
     Joined {
@@ -208,6 +225,27 @@ pub enum Action {
         epoch: Epoch,
         chain: ChainId,
         committed: SequenceNumber,
+    },
+    ReadForScrub {
+        ask: u64,
+        disk: DiskId,
+        range: ByteRange,
+    },
+    /// Say what is marked within this range, in whatever map, in epochs from `since` on.
+    LookForMarks {
+        ask: u64,
+        since: Epoch,
+        disk: DiskId,
+        range: ByteRange,
+    },
+    /// The stretch was compared, or given up for this reason.
+    ScrubOver(Result<ScrubOutcome, &'static str>),
+    /// The vault says of the points that a suspicion is about what they are, or they are nobody's any more: forget it.
+    SuspicionNoted(u64),
+    /// A heal has compared these ranges and made them equal: the vault holds at `behind` what the disks held.
+    Compared {
+        behind: SequenceNumber,
+        reach: Reach,
     },
     /// The session cannot go on; close the link, then connect again.
     Disconnect(String),

@@ -36,6 +36,7 @@ impl Sender {
         } else if matches!(self.closing, ClosingEpoch::None) {
             let closed = Epoch(epoch.0 - 1);
             self.closing = ClosingEpoch::Settling { epoch: closed };
+            self.epoch_opened_for_scrub(epoch);
             out.push(Action::AwaitSettled(epoch));
         }
     }
@@ -61,7 +62,7 @@ impl Sender {
         if let ClosingEpoch::Consuming { epoch, until } = self.closing
             && self.consumed >= until
         {
-            self.closing = ClosingEpoch::Committing { epoch, through: self.assigned };
+            self.closing = ClosingEpoch::Committing { epoch, through: self.newest_change() };
             self.clear_closed_epoch(out);
         }
     }
@@ -71,10 +72,11 @@ impl Sender {
             && self.committed >= *through
             && matches!(self.stream, StreamState::Whole)
         {
-            let committed = self.committed;
+            let (epoch, through, committed) = (*epoch, *through, self.committed);
             self.cleared = Some((chain, committed));
-            out.push(Action::ClearEpoch { epoch: *epoch, chain, committed });
+            out.push(Action::ClearEpoch { epoch, chain, committed });
             self.closing = ClosingEpoch::None;
+            self.older_epochs_committed(epoch.next(), through, out);
         }
     }
 
@@ -108,7 +110,10 @@ impl Sender {
             self.committed = self.committed.max(end);
             self.heal = Heal::Idle;
             self.heal_attempts = 0;
-            self.whole_needed = false;
+            // A heal of the machine by its maps has looked at nothing else.
+            if std::mem::take(&mut self.whole_needed) || self.reach != Reach::Machine {
+                out.push(Action::Compared { behind: self.p0, reach: self.reach.clone() });
+            }
             self.steady_from = self.steady_from.max(end);
             self.lacking.healed(self.p0);
             if self.lacking.wants_heal() {

@@ -59,6 +59,10 @@ mod kind {
     pub(super) const PING: u8 = 20;
     pub(super) const PONG: u8 = 21;
     pub(super) const DESCRIBE: u8 = 22;
+    pub(super) const SCRUB_OFFER: u8 = 23;
+    pub(super) const SCRUB_VERDICT: u8 = 24;
+    pub(super) const SUSPECT: u8 = 25;
+    pub(super) const SUSPECT_NOTED: u8 = 26;
 }
 
 impl Message {
@@ -167,6 +171,24 @@ impl Message {
                 out.u64(heal.0).text(reason);
                 kind::HEAL_RESTART
             }
+            Message::ScrubOffer { offer, behind, disk, start, leaves } => {
+                out.u64(*offer).u64(behind.0).u16(disk.0).u64(*start);
+                encode_offered(leaves, &mut out);
+                kind::SCRUB_OFFER
+            }
+            Message::ScrubVerdict { offer, differing, untold } => {
+                out.u64(*offer).bytes(differing).bytes(untold);
+                kind::SCRUB_VERDICT
+            }
+            Message::Suspect { id, after, until, ranges, cause } => {
+                ranges.encode(out.u64(*id).u64(after.0).u64(until.0));
+                out.text(cause);
+                kind::SUSPECT
+            }
+            Message::SuspectNoted { id } => {
+                out.u64(*id);
+                kind::SUSPECT_NOTED
+            }
             Message::Ping => kind::PING,
             Message::Pong => kind::PONG,
             Message::Describe { document } => {
@@ -250,6 +272,14 @@ impl Message {
             kind::HEAL_ABORT => Message::HealAbort { heal: heal(&mut input)?, cause: reason(&mut input)? },
             kind::HEAL_COMMITTED => Message::HealCommitted { heal: heal(&mut input)? },
             kind::HEAL_RESTART => Message::HealRestart { heal: heal(&mut input)?, reason: reason(&mut input)? },
+            kind::SCRUB_OFFER => decode_scrub_offer(&mut input)?,
+            kind::SCRUB_VERDICT => Message::ScrubVerdict {
+                offer: input.u64("offer")?,
+                differing: input.bytes("differing", limits::OFFER_HASHES_MAX / 8)?,
+                untold: input.bytes("untold", limits::OFFER_HASHES_MAX / 8)?,
+            },
+            kind::SUSPECT => decode_suspect(&mut input)?,
+            kind::SUSPECT_NOTED => Message::SuspectNoted { id: input.u64("suspicion")? },
             kind::PING => Message::Ping,
             kind::PONG => Message::Pong,
             kind::DESCRIBE => Message::Describe { document: input.text("description", limits::DESCRIPTION_BYTES_MAX)? },
@@ -281,6 +311,27 @@ fn decode_offer(input: &mut Decoder) -> Result<Message, DecodeError> {
     check_offer_start(start)?;
     let leaves = decode_offered(input)?;
     Ok(Message::Offer { heal, offer, disk, start, leaves })
+}
+
+fn decode_scrub_offer(input: &mut Decoder) -> Result<Message, DecodeError> {
+    let offer = input.u64("offer")?;
+    let behind = SequenceNumber(input.u64("sequence")?);
+    let disk = DiskId(input.u16("disk id")?);
+    let start = input.u64("offer start")?;
+    check_offer_start(start)?;
+    let leaves = decode_offered(input)?;
+    Ok(Message::ScrubOffer { offer, behind, disk, start, leaves })
+}
+
+fn decode_suspect(input: &mut Decoder) -> Result<Message, DecodeError> {
+    let id = input.u64("suspicion")?;
+    let (after, until) = (SequenceNumber(input.u64("sequence")?), SequenceNumber(input.u64("sequence")?));
+    let ranges = Ranges::decode(input)?;
+    if ranges.is_empty() || until <= after {
+        return Err(DecodeError::Inconsistent("a suspicion of nothing"));
+    }
+    let cause = input.text("reason", limits::REASON_BYTES_MAX)?;
+    Ok(Message::Suspect { id, after, until, ranges, cause })
 }
 
 fn decode_offer_of_granules(input: &mut Decoder) -> Result<Message, DecodeError> {

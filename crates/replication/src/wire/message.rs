@@ -264,6 +264,34 @@ pub enum Message {
         heal: HealId,
         reason: String,
     },
+    /// What the source holds of consecutive leaves from `start`, a multiple of 4 KiB, in plain hashes: compared with the vault,
+    /// once it holds everything up to `behind`, and with nothing else. No data follows.
+    ScrubOffer {
+        offer: u64,
+        behind: SequenceNumber,
+        disk: DiskId,
+        start: u64,
+        leaves: Vec<OfferedLeaf>,
+    },
+    /// Bit i of `differing`: leaf i of the offer is not what the vault holds. Bit i of `untold`: nobody can tell, since
+    /// the vault knows no hash of it, or it was discarded.
+    ScrubVerdict {
+        offer: u64,
+        differing: Bytes,
+        untold: Bytes,
+    },
+    /// A scrub found `ranges` to differ: points behind `after` and before `until` are not known to hold what the disks held.
+    Suspect {
+        id: u64,
+        after: SequenceNumber,
+        until: SequenceNumber,
+        ranges: Ranges,
+        cause: String,
+    },
+    /// The vault says so of these points.
+    SuspectNoted {
+        id: u64,
+    },
     /// Are you there? Asked of a sender that was not heard of.
     Ping,
     /// I am.

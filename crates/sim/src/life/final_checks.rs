@@ -58,6 +58,7 @@ impl World {
             faults: std::mem::take(&mut self.faults),
             points: self.announced.len() as u64,
             partial_points: self.partial_points,
+            scrubbed_bytes: self.scrubbed_bytes,
             gaps,
             manifests: complete.head.number,
             branches: self.branches.opened,

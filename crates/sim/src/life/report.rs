@@ -72,6 +72,8 @@ pub struct Report {
     pub points: u64,
     /// Those among them that lack ranges, and say so.
     pub partial_points: u64,
+    /// Bytes of disk that scrubs found equal to the vault.
+    pub scrubbed_bytes: u64,
     /// Gaps recorded.
     pub gaps: u64,
     /// Manifests committed.
@@ -94,6 +96,7 @@ impl Report {
         }
         self.points += other.points;
         self.partial_points += other.partial_points;
+        self.scrubbed_bytes += other.scrubbed_bytes;
         self.gaps += other.gaps;
         self.manifests += other.manifests;
         self.undisturbed.moves += other.undisturbed.moves;

@@ -105,6 +105,29 @@ fn any_message() -> impl Strategy<Value = Message> {
             reach: Reach::Ranges(Ranges::of([(DiskId(3), range)])),
             cause: "a write failed".into(),
         }),
+        (any::<u64>(), prop::collection::vec(any::<Option<[u8; 16]>>(), 1..50)).prop_map(|(behind, leaves)| {
+            let leaves = leaves.into_iter().map(|hash| hash.map_or(OfferedLeaf::Unreadable, OfferedLeaf::Hash));
+            Message::ScrubOffer {
+                offer: behind / 3,
+                behind: SequenceNumber(behind),
+                disk: DiskId(3),
+                start: 8192,
+                leaves: leaves.collect(),
+            }
+        }),
+        prop::collection::vec(any::<bool>(), 1..50).prop_map(|leaves| Message::ScrubVerdict {
+            offer: 7,
+            differing: wanted_bitmap(&leaves),
+            untold: wanted_bitmap(&leaves[1..]),
+        }),
+        (0..u64::MAX, any_range(1 << 40)).prop_map(|(after, range)| Message::Suspect {
+            id: after / 7,
+            after: SequenceNumber(after),
+            until: SequenceNumber(after + 1),
+            ranges: Ranges::of([(DiskId(3), range)]),
+            cause: "differs".into(),
+        }),
+        any::<u64>().prop_map(|id| Message::SuspectNoted { id }),
         Just(Message::Ping),
         ".{0,50}".prop_map(|document| Message::Describe { document }),
         prop::collection::vec(any::<Option<[u8; 16]>>(), 1..50).prop_map(|leaves| Message::Offer {
