@@ -929,6 +929,7 @@ static __always_inline int completed(struct request *rq, __u32 error, __u32 byte
 	struct cpu *cpu = this_cpu();
 	if (!all || !c || !cpu)
 		return 0;
+	cpu->ends++;
 	__u64 device = key_of(disk);
 	struct walk walk = {
 		.c = c,

@@ -100,7 +100,10 @@ struct cpu {
 	__u64 writes, written_bytes, zeroes, discards, flushes, fuas, tracked, failed, records;
 	/* Ends that the second completion programs took because the first ones were skipped. */
 	__u64 rescued;
-	__u64 reserved[2];
+	/* Requests of protected disks whose end a program saw. */
+	__u64 ends;
+	/* Bios that the agent no longer waits for; counted by the agent, on the first CPU. */
+	__u64 untold;
 };
 
 /* A bio under way. */
@@ -118,6 +121,7 @@ _Static_assert(sizeof(struct record) == 56, "layout.rs");
 _Static_assert(sizeof(struct target) == 32, "layout.rs");
 _Static_assert(sizeof(struct targets) == 264, "layout.rs");
 _Static_assert(sizeof(struct control) == 1304, "layout.rs");
+_Static_assert(sizeof(struct flight) == 56, "layout.rs");
 _Static_assert(sizeof(struct cpu) == 248, "layout.rs");
 
 #endif

@@ -139,6 +139,8 @@ pub struct WriteCounts {
     pub tracked: u64,
     /// Requests that a disk refused.
     pub failed: u64,
+    /// Requests whose end was not told in time, and that are not waited for any more.
+    pub untold: u64,
 }
 
 /// How much of what happened to the disks is known at start.

@@ -165,6 +165,9 @@ pub struct WriteStatus {
     pub tracked: u64,
     /// Requests that a disk refused.
     pub failed: u64,
+    /// Requests whose end was not told in time, and that are not waited for any more.
+    #[serde(default)]
+    pub untold: u64,
 }
 
 /// A protected disk.

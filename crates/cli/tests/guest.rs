@@ -90,6 +90,18 @@ impl Guest for Machine {
     }
 }
 
+/// `agent.toml`, but for the disks.
+fn settings() -> String {
+    format!(
+        "state_dir = \"/var/farshore\"\nmachine_name = \"guest\"\nring_bytes_max = {RING_BYTES}\nrotate_every_ms = 2000\n"
+    )
+}
+
+/// The part of it that protects a disk.
+fn named(name: &str, path: &str) -> String {
+    format!("[[disk]]\nname = {name:?}\npath = {path:?}\ncapture = \"ebpf\"\n")
+}
+
 fn gaps_of(site: &Site) -> usize {
     let points = site.with_key(&["vault", "points", "--limit", "100000"]);
     points.iter().filter(|object| object["type"] == "gap").count()
@@ -143,10 +155,7 @@ fn a_guest_with_a_protected_root_disk_loses_nothing_and_starts_again_from_a_bran
     let (server, token) = site.make("10.0.2.2");
     let (disk, initramfs) = (site.path("disk.raw"), site.path("initramfs"));
     let image = machine::make_initramfs(folder.path(), &kernel, &initramfs);
-    let config = format!(
-        "state_dir = \"/var/farshore\"\nmachine_name = \"guest\"\nring_bytes_max = {RING_BYTES}\nrotate_every_ms = 2000\n\
-         [[disk]]\nname = \"root\"\npath = \"/dev/vda\"\ncapture = \"ebpf\"\n"
-    );
+    let config = settings() + &named("root", "/dev/vda");
     let size = format!("{}M", DISK_BYTES >> 20);
     machine::make_disk(folder.path(), &disk, &size, Path::new(AGENT), &[("agent.toml", &config), ("token", &token)]);
     let data = site.path("data.raw");
@@ -210,8 +219,6 @@ fn a_guest_with_a_protected_root_disk_loses_nothing_and_starts_again_from_a_bran
     told.push(format!("power cut: {} bytes sent", sent(&status)));
 
     // A second disk is protected from now on. The agent runs on, and so does the load on both of them.
-    let named =
-        |name: &str, path: &str| format!("[[disk]]\nname = \"{name}\"\npath = \"{path}\"\ncapture = \"ebpf\"\n");
     let reload = |guest: &mut Machine, config: &str| {
         guest.run(&format!("cat > /agent.toml <<'end'\n{config}end"));
         guest.run("farshore-agent reload --config /agent.toml");
@@ -303,12 +310,7 @@ fn a_machine_that_is_reverted_with_its_memory_is_compared_and_has_no_false_point
     let (server, token) = site.make("10.0.2.2");
     let initramfs = site.path("initramfs");
     let image = machine::make_initramfs(folder.path(), &kernel, &initramfs);
-    let named = |name: &str, path: &str| format!("[[disk]]\nname = {name:?}\npath = {path:?}\ncapture = \"ebpf\"\n");
-    let config = format!(
-        "state_dir = \"/var/farshore\"\nmachine_name = \"guest\"\nring_bytes_max = {RING_BYTES}\nrotate_every_ms = 2000\n{}{}",
-        named("root", "/dev/vda"),
-        named("data", "/dev/vdb")
-    );
+    let config = settings() + &named("root", "/dev/vda") + &named("data", "/dev/vdb");
     let (raw, data) = (site.path("disk.raw"), site.path("data.raw"));
     let size = format!("{}M", DISK_BYTES >> 20);
     machine::make_disk(folder.path(), &raw, &size, Path::new(AGENT), &[("agent.toml", &config), ("token", &token)]);

@@ -17,6 +17,7 @@ mod heal;
 mod open;
 mod scrub;
 
+use std::collections::VecDeque;
 use std::num::NonZeroUsize;
 use std::sync::Arc;
 use std::time::Duration;
@@ -35,8 +36,6 @@ use world::{Clock, Monotonic};
 use crate::ingest::{ChangeLog, ReadBack, Work};
 use crate::journal::JournalError;
 use crate::notes::GapNote;
-
-use std::collections::VecDeque;
 
 use commit::{Flying, Pending};
 use gaps::OpenGap;

@@ -7,7 +7,7 @@
 //! After a crash a pack exists or not; nothing refers to it before it is durable. One that nobody came to refer to is
 //! still found by [`load_dedup`] and used.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::HashMap;
 use std::num::NonZeroUsize;
 use std::sync::{Arc, PoisonError, RwLock};
 use std::thread::JoinHandle;
@@ -30,8 +30,6 @@ use crate::table::DATA_FRAME_BYTES_MAX;
 pub(crate) const PACK_BYTES_TARGET: u64 = 32 << 20;
 /// Chunks, and ordinals, after which a pack is closed, so that its index stays small however well chunks compress.
 const PACK_CHUNKS_MAX: u32 = 1 << 16;
-/// Packs on their way at a time: a store that is slow now and then does not stop the compression of the next ones.
-const UPLOADS_MAX: usize = 3;
 /// Leaves in a frame at most.
 const FRAME_LEAVES_MAX: u64 = DATA_FRAME_BYTES_MAX as u64 / LEAF_BYTES;
 const LAYOUT: u8 = 1;
@@ -47,8 +45,7 @@ pub(crate) struct PackWriter {
     /// With one worker, uploads happen inline as well.
     workers: NonZeroUsize,
     open: Option<OpenPack>,
-    /// Oldest first.
-    uploading: VecDeque<Upload>,
+    uploading: Option<Upload>,
     pack_bytes_target: u64,
 }
 
@@ -89,8 +86,7 @@ impl PackWriter {
         dedup: SharedDedup,
         workers: NonZeroUsize,
     ) -> PackWriter {
-        let uploading = VecDeque::new();
-        PackWriter { session, store, dedup, workers, open: None, uploading, pack_bytes_target: PACK_BYTES_TARGET }
+        PackWriter { session, store, dedup, workers, open: None, uploading: None, pack_bytes_target: PACK_BYTES_TARGET }
     }
 
     /// With another size per pack, for tests.
@@ -132,10 +128,10 @@ impl PackWriter {
         {
             return Some((open.object.name().clone(), *place));
         }
-        for upload in &self.uploading {
-            if let Some(place) = upload.places.get(name) {
-                return Some((upload.sealed.name.clone(), *place));
-            }
+        if let Some(upload) = &self.uploading
+            && let Some(place) = upload.places.get(name)
+        {
+            return Some((upload.sealed.name.clone(), *place));
         }
         let dedup = self.dedup.read().unwrap_or_else(PoisonError::into_inner);
         dedup.find(name).map(|(pack, place)| (pack.clone(), place))
@@ -170,11 +166,11 @@ impl PackWriter {
     /// Those of the store. Nothing is lost: call again to retry the same pack under the same name.
     pub(crate) fn flush(&mut self) -> Result<(), VaultError> {
         self.close_pack()?;
-        self.finish_uploads(0)
+        self.finish_upload()
     }
 
     fn close_pack(&mut self) -> Result<(), VaultError> {
-        self.finish_uploads(UPLOADS_MAX - 1)?;
+        self.finish_upload()?;
         let Some(mut open) = self.open.take() else { return Ok(()) };
         if open.chunks.is_empty() {
             return Ok(());
@@ -185,20 +181,12 @@ impl PackWriter {
             let (sealed, store) = (Arc::clone(&sealed), Arc::clone(&self.store));
             std::thread::spawn(move || sealed.put(store.as_ref()))
         });
-        self.uploading.push_back(Upload { sealed, chunks: open.chunks, places: open.places, thread });
-        if self.workers.get() > 1 { Ok(()) } else { self.finish_uploads(0) }
+        self.uploading = Some(Upload { sealed, chunks: open.chunks, places: open.places, thread });
+        if self.workers.get() > 1 { Ok(()) } else { self.finish_upload() }
     }
 
-    /// Waits until no more than `left` packs are on their way.
-    fn finish_uploads(&mut self, left: usize) -> Result<(), VaultError> {
-        while self.uploading.len() > left {
-            self.finish_oldest_upload()?;
-        }
-        Ok(())
-    }
-
-    fn finish_oldest_upload(&mut self) -> Result<(), VaultError> {
-        let Some(upload) = self.uploading.front_mut() else { return Ok(()) };
+    fn finish_upload(&mut self) -> Result<(), VaultError> {
+        let Some(upload) = &mut self.uploading else { return Ok(()) };
         match upload.thread.take() {
             Some(thread) => match thread.join() {
                 Ok(result) => result?,
@@ -206,7 +194,7 @@ impl PackWriter {
             },
             None => upload.sealed.put(self.store.as_ref())?,
         }
-        let upload = self.uploading.pop_front().expect("it was there");
+        let upload = self.uploading.take().expect("it was there");
         let mut dedup = self.dedup.write().unwrap_or_else(PoisonError::into_inner);
         dedup.add_pack(&upload.sealed.name, upload.chunks);
         Ok(())

@@ -55,6 +55,9 @@ mod loader;
 mod opening;
 #[cfg(test)]
 mod oracle;
+mod overdue;
+#[cfg(test)]
+mod overdue_tests;
 mod pins;
 mod places;
 #[cfg(test)]
@@ -72,6 +75,7 @@ use epochs::{slot_of, uncommitted, unstreamed};
 use grace::Grace;
 use layout::{Control, Cpu, GAP_CAUSES, MAPS_PER_DISK, PARTS_MAX, SLOTS, WORD_SHIFT, WORD_TRACK};
 use loader::Installed;
+use overdue::Patience;
 use places::Place;
 use reading::cause_of;
 
@@ -186,6 +190,7 @@ impl EbpfCounters {
             written_bytes: sum(Cpu::WRITTEN_BYTES),
             tracked: sum(Cpu::TRACKED),
             failed: sum(Cpu::FAILED),
+            untold: sum(Cpu::UNTOLD),
         }
     }
 }
@@ -246,6 +251,7 @@ pub struct EbpfCapture {
     shape: Shape,
     clock: Arc<dyn Clock>,
     grace: Grace,
+    patience: Patience,
     continuity: Continuity,
     resumption: Option<Resumption>,
     assembler: Assembler,
@@ -401,9 +407,16 @@ impl Capture for EbpfCapture {
     }
 
     fn settled(&self, epoch: Epoch) -> bool {
-        epoch <= self.epoch()
-            && self.grace.has_passed(epoch)
-            && self.occupants().all(|(slot, occupant)| occupant >= epoch || self.is_still(slot))
+        if epoch > self.epoch() || !self.grace.has_passed(epoch) {
+            return false;
+        }
+        let is_over = self.occupants().all(|(slot, occupant)| occupant >= epoch || self.is_still(slot));
+        if is_over {
+            self.patience.restart()
+        } else {
+            self.wait_for_bios(epoch)
+        }
+        is_over
     }
 
     fn fold(&mut self, epoch: Epoch) {

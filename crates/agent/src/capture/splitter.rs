@@ -194,6 +194,7 @@ impl Splitter {
             written_bytes: read(&counters.written_bytes),
             tracked,
             failed: read(&counters.failed),
+            untold: 0,
         }
     }
 

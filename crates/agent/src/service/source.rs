@@ -164,6 +164,7 @@ impl Source {
             written_bytes: counts.written_bytes,
             tracked: counts.tracked,
             failed: counts.failed,
+            untold: counts.untold,
         }
     }
 

@@ -47,6 +47,7 @@ pub(crate) fn text(status: Option<&AgentStatus>) -> String {
     metric("written_bytes_total", "counter", "Data bytes written to the disks.", &count(writes.written_bytes));
     metric("tracked_total", "counter", "Requests that were only marked.", &count(writes.tracked));
     metric("failed_writes_total", "counter", "Requests that a disk refused.", &count(writes.failed));
+    metric("untold_writes_total", "counter", "Requests whose end was not told in time.", &count(writes.untold));
     let points = &status.consistency;
     metric("application_points_total", "counter", "Application-consistent points.", &count(points.application_points));
     metric("application_failures_total", "counter", "Attempts at them that failed.", &count(points.failures));

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use replication::geometry::LEAF_BYTES;
 use replication::receiver::Event;
 use replication::wire::{HealContent, OfferHashes, OfferedLeaf};
-use replication::{ByteRange, Cut, DiskId, HealId, LeafHash, PlainLeafHash, Reach, SequenceNumber};
+use replication::{ByteRange, Cut, DiskId, HealId, LeafHash, LeafKey, PlainLeafHash, Reach, SequenceNumber};
 use vault::image::{Absence, ImageBuilder, ImageOptions};
 use vault::manifest::{Defect, GapClosed};
 use vault::view::{ChainView, ReadError};
@@ -279,16 +279,23 @@ fn judge(view: &ChainView, hashes: &OfferHashes, offer: &Offer) -> Result<Vec<bo
         .leaves
         .iter()
         .zip(head)
-        .map(|(offered, stored)| match (offered, stored) {
-            (OfferedLeaf::Zero, Some(stored)) => stored != zero,
-            (OfferedLeaf::Hash(hash), Some(stored)) => {
-                let offered = match hashes {
-                    OfferHashes::Plain => key.leaf(PlainLeafHash(*hash)),
-                    OfferHashes::Keyed(_) => LeafHash(*hash),
-                };
-                offered != stored
-            }
-            _ => true,
-        })
+        .map(|(offered, stored)| is_same(key, &zero, hashes, offered, stored) != Some(true))
         .collect())
+}
+
+/// Whether an offered leaf is what is stored, whose hash is `stored`; `None` if nobody can tell.
+pub(super) fn is_same(
+    key: &LeafKey,
+    zero: &LeafHash,
+    hashes: &OfferHashes,
+    offered: &OfferedLeaf,
+    stored: Option<LeafHash>,
+) -> Option<bool> {
+    let offered = match (offered, hashes) {
+        (OfferedLeaf::Zero, _) => *zero,
+        (OfferedLeaf::Hash(hash), OfferHashes::Plain) => key.leaf(PlainLeafHash(*hash)),
+        (OfferedLeaf::Hash(hash), OfferHashes::Keyed(_)) => LeafHash(*hash),
+        _ => return None,
+    };
+    Some(offered == stored?)
 }

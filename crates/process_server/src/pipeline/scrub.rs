@@ -4,8 +4,8 @@
 use replication::geometry::LEAF_BYTES;
 use replication::receiver::{Event, ScrubbedLeaf};
 use replication::sender::SUSPICIONS_MAX;
-use replication::wire::OfferedLeaf;
-use replication::{ByteRange, DiskId, PlainLeafHash, PointTime, Ranges, Reach, SequenceNumber};
+use replication::wire::{OfferHashes, OfferedLeaf};
+use replication::{ByteRange, DiskId, PointTime, Ranges, Reach, SequenceNumber};
 use vault::VaultError;
 use vault::manifest::Gap;
 use vault::view::{ChainView, ReadError};
@@ -13,6 +13,7 @@ use world::Monotonic;
 
 use super::Pipeline;
 use super::gaps::scope_of;
+use super::heal::is_same;
 
 /// Leaves that a sender has read and wants to have compared.
 pub(super) struct ScrubOffer {
@@ -91,12 +92,11 @@ fn judge(view: &ChainView, offer: &ScrubOffer) -> Result<Vec<ScrubbedLeaf>, Read
     let key = &view.source().keys().shared().leaf;
     let zero = key.zero_leaf();
     let compared = offer.leaves.iter().zip(held).map(|(offered, held)| {
-        let is_same = match (offered, held) {
-            (OfferedLeaf::Zero, Some(held)) => held == zero,
-            (OfferedLeaf::Hash(hash), Some(held)) => key.leaf(PlainLeafHash(*hash)) == held,
-            _ => return ScrubbedLeaf::Untold,
-        };
-        if is_same { ScrubbedLeaf::Same } else { ScrubbedLeaf::Differs }
+        match is_same(key, &zero, &OfferHashes::Plain, offered, held) {
+            Some(true) => ScrubbedLeaf::Same,
+            Some(false) => ScrubbedLeaf::Differs,
+            None => ScrubbedLeaf::Untold,
+        }
     });
     let mut leaves: Vec<ScrubbedLeaf> = compared.collect();
     if leaves.contains(&ScrubbedLeaf::Differs) {

@@ -14,6 +14,23 @@ fn granule(index: u64) -> ByteRange {
     ByteRange::new(index * GRANULE_BYTES, GRANULE_BYTES)
 }
 
+/// A machine whose maps are rotated for heals alone, and that proves nothing by itself.
+pub(super) fn config() -> SenderConfig {
+    SenderConfig {
+        machine: MachineId([1; 16]),
+        instance: InstanceId([2; 16]),
+        boot: [3; 16],
+        vm_generation: [0; 16],
+        started: PointTime(1),
+        name: "a machine".into(),
+        hashes: OfferHashes::Plain,
+        rotate_every_ns: u64::MAX >> 1,
+        proof_every_ns: u64::MAX >> 1,
+        heal_chunk_bytes: GRANULE_BYTES,
+        heal_window_bytes: 2 * GRANULE_BYTES,
+    }
+}
+
 /// A sender, its link up, and the owner of a capture into which nobody writes.
 struct Owner {
     sender: Sender,
@@ -27,20 +44,7 @@ struct Owner {
 impl Owner {
     /// A first replication, up to the point at which only the heal's end is left to be said.
     fn about_to_end() -> Owner {
-        let config = SenderConfig {
-            machine: MachineId([1; 16]),
-            instance: InstanceId([2; 16]),
-            boot: [3; 16],
-            vm_generation: [0; 16],
-            started: PointTime(1),
-            name: "a machine".into(),
-            hashes: OfferHashes::Plain,
-            rotate_every_ns: u64::MAX >> 1,
-            proof_every_ns: u64::MAX >> 1,
-            heal_chunk_bytes: GRANULE_BYTES,
-            heal_window_bytes: 2 * GRANULE_BYTES,
-        };
-        let sender = Sender::new(config, HealNeed::Whole, 0, None);
+        let sender = Sender::new(config(), HealNeed::Whole, 0, None);
         let mut owner = Owner { sender, epoch: 1, now: 0, answers: true, sent: Vec::new() };
         let disk = DiskGeometry {
             disk: DISK,

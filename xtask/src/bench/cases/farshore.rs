@@ -125,8 +125,10 @@ fn random_writes(site: &mut Site, disk: &Reference, measured: &mut Measured) -> 
         writer.flush()?;
         let written = started.elapsed();
         // A ring that overflowed has to be healed first; what that costs is part of the figures.
-        let whole = site.mark(MACHINE, "written").is_ok();
-        if !whole {
+        let marked = site.mark(MACHINE, "written");
+        let whole = marked.is_ok();
+        if let Err(error) = marked {
+            println!("  {error:#}: marked again once it is protected");
             site.wait_until("the writes are healed", LIMIT, || site.is_protected(MACHINE))?;
             site.mark(MACHINE, "written")?;
         }
@@ -143,7 +145,7 @@ fn random_writes(site: &mut Site, disk: &Reference, measured: &mut Measured) -> 
         let text = format!("{:.3} × ({:.1} MiB)", ratio(bytes), bytes as f64 / MIB as f64);
         measured.promises.push(Promise::new(promised, text, ratio(bytes) <= max));
     }
-    let broke = if whole { "" } else { "; the ring overflowed and was healed" };
+    let broke = if whole { "" } else { "; it could not be marked before a heal" };
     let note = format!("written in {:.2} s; sent {:.1} MiB{broke}", written.as_secs_f64(), sent as f64 / MIB as f64);
     measured.rows.push(Row::new(Question::AfterRandomWrites, "farshore", usage).stored(stored).note(note));
     Ok(())

@@ -12,8 +12,10 @@ use memmap2::{MmapOptions, MmapRaw};
 /// Bytes of a page.
 pub(super) const PAGE_BYTES: usize = 4096;
 
+const BPF_MAP_LOOKUP_ELEM: libc::c_long = 1;
 const BPF_MAP_UPDATE_ELEM: libc::c_long = 2;
 const BPF_MAP_DELETE_ELEM: libc::c_long = 3;
+const BPF_MAP_GET_NEXT_KEY: libc::c_long = 4;
 const BPF_OBJ_PIN: libc::c_long = 6;
 const BPF_OBJ_GET: libc::c_long = 7;
 const BPF_PROG_TEST_RUN: libc::c_long = 10;
@@ -80,6 +82,45 @@ pub(super) fn delete(map: BorrowedFd<'_>, key: u64) -> io::Result<()> {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
         _ => Ok(()),
     }
+}
+
+/// What a walk through a hash map found.
+pub(super) struct Walk<const BYTES: usize> {
+    /// Keys and values.
+    pub(super) entries: Vec<(u64, [u8; BYTES])>,
+    /// What was in the map all the time is among them.
+    pub(super) complete: bool,
+}
+
+/// The entries of a hash map whose keys have 8 bytes and whose values have `BYTES`. Others may change it meanwhile.
+pub(super) fn walk<const BYTES: usize>(map: BorrowedFd<'_>) -> io::Result<Walk<BYTES>> {
+    /// The kernel begins anew when the key it should go on from has gone; in a map that changes fast, again and again.
+    const STEPS_MAX: usize = 1 << 18;
+    let mut entries = Vec::new();
+    let mut last: Option<u64> = None;
+    for _ in 0..STEPS_MAX {
+        let mut key = 0u64;
+        let mut attributes = [0; ATTRIBUTE_WORDS];
+        attributes[0] = pair(number(map), 0);
+        attributes[1] = last.as_ref().map_or(0, |last| std::ptr::from_ref(last) as u64);
+        attributes[2] = std::ptr::from_mut(&mut key) as u64;
+        match bpf(BPF_MAP_GET_NEXT_KEY, &mut attributes) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Walk { entries, complete: true }),
+            result => result?,
+        };
+        let mut value = [0; BYTES];
+        let mut attributes = [0; ATTRIBUTE_WORDS];
+        attributes[0] = pair(number(map), 0);
+        attributes[1] = std::ptr::from_ref(&key) as u64;
+        attributes[2] = value.as_mut_ptr() as u64;
+        match bpf(BPF_MAP_LOOKUP_ELEM, &mut attributes) {
+            Ok(_) => entries.push((key, value)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(error),
+        }
+        last = Some(key);
+    }
+    Ok(Walk { entries, complete: false })
 }
 
 /// Runs a raw tracepoint program once, now; what it returned.

@@ -142,7 +142,8 @@ pub(super) struct Cpu {
     failed: u64,
     records: u64,
     rescued: u64,
-    reserved: [u64; 2],
+    ends: u64,
+    untold: u64,
 }
 
 /// Places in the counters of a CPU, in bytes.
@@ -159,6 +160,22 @@ impl Cpu {
     pub(super) const TRACKED: usize = offset_of!(Cpu, tracked);
     pub(super) const FAILED: usize = offset_of!(Cpu, failed);
     pub(super) const RESCUED: usize = offset_of!(Cpu, rescued);
+    #[cfg(test)]
+    pub(super) const ENDS: usize = offset_of!(Cpu, ends);
+    pub(super) const UNTOLD: usize = offset_of!(Cpu, untold);
+}
+
+/// A bio under way, of which only the slot is looked at here.
+pub(super) struct Flight;
+
+impl Flight {
+    /// Bytes of an entry.
+    pub(super) const BYTES: usize = 56;
+
+    /// The slot that it was submitted in.
+    pub(super) fn slot(entry: &[u8; Flight::BYTES]) -> usize {
+        u32::from_ne_bytes([entry[12], entry[13], entry[14], entry[15]]) as usize
+    }
 }
 
 const _: () = assert!(size_of::<Control>() == 1304 && size_of::<Cpu>() == 248 && size_of::<Target>() == 32);

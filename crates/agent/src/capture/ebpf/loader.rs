@@ -62,6 +62,7 @@ pub(super) struct Installed {
     pub(super) dirty: Area,
     pub(super) ledger: Ledger,
     pub(super) targets: OwnedFd,
+    pub(super) flights: OwnedFd,
     pub(super) marker: OwnedFd,
     pub(super) watched: Vec<OwnedFd>,
 }
@@ -147,6 +148,7 @@ fn open(directory: &Path, shape: &Shape) -> io::Result<Installed> {
         dirty: Area::of(map("dirty")?.as_fd(), shape.dirty_bytes())?,
         ledger: Ledger::new(Area::of(map("ledger")?.as_fd(), PAGE_BYTES)?),
         targets: map("targets")?,
+        flights: map("flights")?,
         marker: map(MARKER)?,
         watched: WATCHED.into_iter().map(map).collect::<io::Result<_>>()?,
     })

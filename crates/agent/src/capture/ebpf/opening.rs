@@ -15,6 +15,7 @@ use super::assemble::Assembler;
 use super::grace::Grace;
 use super::layout::{self, GAP_CAUSES, PARTS_MAX};
 use super::loader::{self, Installed, Object};
+use super::overdue::Patience;
 use super::places::{self, Place, Tenancy};
 use super::{
     AHEAD_BYTES_MAX, Disk, EbpfCapture, EbpfConfig, EbpfDisk, Leaving, OpenEbpfError, RING_BYTES_MAX, RING_BYTES_MIN,
@@ -93,6 +94,7 @@ impl EbpfCapture {
         let refusals = installed.ledger.refusal().into_iter().collect();
         let mut capture = EbpfCapture {
             grace: Grace::start().map_err(OpenEbpfError::System)?,
+            patience: Patience::default(),
             continuity: if is_adopted { Continuity::SameBoot } else { Continuity::Fresh },
             skip_through: resumption.as_ref().map_or_else(|| installed.ring.producer(), |kept| kept.ring_end),
             installed: Arc::new(installed),

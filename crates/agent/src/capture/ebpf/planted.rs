@@ -8,7 +8,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use super::layout::Cpu;
 use super::loader::Object;
 use super::tests::{Bench, can_test, check_full_ring, check_streaming};
-use super::{RING_BYTES_MIN, Variant, waking_tests};
+use super::{RING_BYTES_MIN, Variant, overdue_tests, waking_tests};
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!("../../../bpf/planted.bpf.o");
 
@@ -119,6 +119,14 @@ fn a_lost_completion_is_noticed() {
     if can_test(test, Variant::Dynptr) {
         assert_caught(|| streaming(test, Plant::Completion), "what has ended is known to have ended");
     }
+}
+
+#[test]
+fn lost_completions_are_waited_for_only_so_long() {
+    let test = "lost_completions_are_waited_for_only_so_long";
+    let Some(bench) = Bench::of(test, 64 << 20).filter(|_| can_test(test, Variant::Dynptr)) else { return };
+    let settings = [("planted", Plant::Completion as u32), ("planted_every", 1)];
+    overdue_tests::untold_ends_are_given_up(&bench, &Object { bytes: OBJECT, settings: &settings });
 }
 
 #[test]

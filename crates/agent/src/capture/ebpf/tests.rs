@@ -112,8 +112,16 @@ impl Bench {
     }
 
     pub(super) fn file(&self) -> File {
-        let direct = rustix::fs::OFlags::DIRECT.bits().cast_signed();
-        OpenOptions::new().read(true).write(true).custom_flags(direct).open(&self.device).expect("the device opens")
+        direct(&self.device)
+    }
+
+    /// Requests to change the device that have ended, as the block layer counts them.
+    fn ended_requests(&self) -> u64 {
+        let name = self.device.file_name().expect("a name").to_string_lossy().into_owned();
+        let counters = std::fs::read_to_string(format!("/sys/block/{name}/stat")).expect("counters");
+        // Writes and discards: the fifth and the twelfth.
+        let counters: Vec<u64> = counters.split_whitespace().map(|it| it.parse().expect("a number")).collect();
+        counters[4] + counters.get(11).expect("Linux 4.18 and newer")
     }
 
     fn content(&self) -> Vec<u8> {
@@ -136,6 +144,12 @@ impl Drop for Bench {
         }
         let _ = Command::new("losetup").arg("-d").arg(&self.device).stderr(std::process::Stdio::null()).status();
     }
+}
+
+/// Opens past the page cache.
+pub(super) fn direct(device: &Path) -> File {
+    let direct = rustix::fs::OFlags::DIRECT.bits().cast_signed();
+    OpenOptions::new().read(true).write(true).custom_flags(direct).open(device).expect("the device opens")
 }
 
 /// Memory that O_DIRECT takes.
@@ -172,7 +186,7 @@ pub(super) const BLKZEROOUT: u64 = 0x127f;
 
 impl EbpfCapture {
     /// One of the counters that each slot has.
-    fn sum_of_slots(&self, at: usize) -> u64 {
+    pub(super) fn sum_of_slots(&self, at: usize) -> u64 {
         (0..SLOTS).map(|slot| self.sum(at + 8 * slot)).fold(0, u64::wrapping_add)
     }
 }
@@ -237,6 +251,8 @@ pub(super) fn check_streaming(bench: &Bench, mut capture: EbpfCapture, rounds: u
     capture.fold(epoch);
     capture.clear_heal_set();
     let mut replica = bench.content();
+    let unseen = |capture: &EbpfCapture| bench.ended_requests().wrapping_sub(capture.sum(Cpu::ENDS));
+    let unseen_before = unseen(&capture);
     for round in 0..rounds {
         let len = match round % 8 {
             0 => 512,
@@ -265,7 +281,18 @@ pub(super) fn check_streaming(bench: &Bench, mut capture: EbpfCapture, rounds: u
         assert!(drain(&mut capture, &mut replica) > 0, "round {round}: every write is in the ring at once");
         assert!(replica[range.within(0)] == expected, "round {round}: every write is in the ring with its bytes");
         let begun = capture.sum_of_slots(Cpu::SUBMITTED);
-        assert_eq!(begun, capture.sum_of_slots(Cpu::COMPLETED), "what has ended is known to have ended");
+        let ended = capture.sum_of_slots(Cpu::COMPLETED);
+        if begun != ended {
+            // Some kernels run no program where an interrupt ends the request on top of process 1. The next rotation gives
+            // such bios up. The block layer's own counters, which lag a little, tell them from a mistake of ours.
+            std::thread::sleep(std::time::Duration::from_millis(100));
+            assert!(
+                unseen(&capture) > unseen_before,
+                "what has ended is known to have ended: {ended} of {begun}, round {round}, {range:?}, {causes:?}",
+                causes = (capture.gaps(), capture.installed.misses())
+            );
+            println!("round {round}: the kernel ended a request and ran no program");
+        }
         // A mark that is missing shows only where no earlier write left one.
         if round % 25 == 20 {
             let next = rotate(&mut capture, Mode::Stream);

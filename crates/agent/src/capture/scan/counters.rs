@@ -50,7 +50,7 @@ impl ScanCounters {
     /// What was found changed.
     pub fn counts(&self) -> WriteCounts {
         let written_bytes = self.with(|status| status.changed_bytes);
-        WriteCounts { changes: self.changes.load(Ordering::Relaxed), written_bytes, tracked: 0, failed: 0 }
+        WriteCounts { changes: self.changes.load(Ordering::Relaxed), written_bytes, tracked: 0, failed: 0, untold: 0 }
     }
 
     pub(super) fn take_hurry(&self) -> bool {

@@ -5,10 +5,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use proptest::prelude::*;
 
 use super::*;
-use crate::PointTime;
 use crate::change::{Change, ChangeKind, SourceTime, StreamHash};
 use crate::geometry::GRANULE_BYTES;
-use crate::position::{Generation, InstanceId, MachineId};
+use crate::position::Generation;
+use crate::sender::tests::config;
 use crate::sender::{CaptureReport, Event, KeptStream, Request, SenderConfig};
 use crate::wire::{HealNeed, PROTOCOL_VERSION, Welcome, wanted_bitmap};
 
@@ -65,19 +65,7 @@ fn offered(value: u8) -> OfferedLeaf {
 
 impl Bench {
     fn new() -> Bench {
-        let config = SenderConfig {
-            machine: MachineId([1; 16]),
-            instance: InstanceId([2; 16]),
-            boot: [3; 16],
-            vm_generation: [0; 16],
-            started: PointTime(1),
-            name: "a machine".into(),
-            hashes: OfferHashes::Plain,
-            rotate_every_ns: 3_000_000_000,
-            proof_every_ns: u64::MAX >> 1,
-            heal_chunk_bytes: GRANULE_BYTES,
-            heal_window_bytes: 2 * GRANULE_BYTES,
-        };
+        let config = SenderConfig { rotate_every_ns: 3_000_000_000, ..config() };
         let base = Generation(2).base();
         let kept = KeptStream {
             chain: CHAIN,
