@@ -45,7 +45,7 @@ pub(crate) struct Series {
 const PROGRAMS: &[(&str, &str, &str)] = &[("lib", "agent", "capture::ebpf --skip ::planted::")];
 
 /// What the tests call, beside what the shell brings.
-const TOOLS: &[&str] = &["losetup", "addpart", "delpart", "mkfs.ext4", "dmsetup"];
+const TOOLS: &[&str] = &["losetup", "addpart", "delpart", "mkfs.ext4", "fsfreeze", "dmsetup"];
 
 /// What the tests need of the kernel beside what is built in.
 const MODULES: &[&str] =

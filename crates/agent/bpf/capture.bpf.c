@@ -46,11 +46,15 @@ struct bvec_iter {
 	sector_t bi_sector;
 	unsigned int bi_size, bi_idx, bi_bvec_done;
 } KERNEL;
+typedef struct {
+	int counter;
+} atomic_t;
 struct bio {
 	struct bio *bi_next;
 	struct block_device *bi_bdev;
 	unsigned int bi_opf;
 	unsigned char bi_status;
+	atomic_t __bi_remaining;
 	struct bvec_iter bi_iter;
 	void *bi_private;
 	struct bio_vec *bi_io_vec;
@@ -116,6 +120,8 @@ const volatile __u32 queue_before_bio = 0, queue_before_request = 0;
 /* Bios of one request that the bounded variant looks at. */
 #define BIOS_BOUNDED 256
 #define BIOS_MAX (1 << 16)
+/* How often a bio is split that was split off already: by the device that it was submitted to, and by those below. */
+#define SPLITS_MAX 4
 #define MARKS_MAX (1 << 22)
 /* Bios in flight at a time on all protected disks; each more breaks the stream. */
 #define FLIGHTS_MAX 65536
@@ -414,6 +420,20 @@ __attribute__((noinline)) int mark_parts(__u64 key, __u64 sector, __u64 stop, __
 	for (__u32 i = 0; i < PARTS_MAX; i++)
 		if (i < all->count && sector < all->part[i].end && stop > all->part[i].start && !is_left(&all->part[i]))
 			mark_whole(c, cpu, slot, all->part[i].disk);
+	return 0;
+}
+
+/* Names the whole of each disk that hands bios on. A function of its own, like set_cells. */
+__attribute__((noinline)) int mark_hands_on(__u32 slot)
+{
+	struct control *c = the_control();
+	struct cpu *cpu = this_cpu();
+	if (!c || !cpu)
+		return 0;
+	__u64 disks = READ_ONCE(c->hands_on);
+	for (__u32 i = 0; i < DISKS_MAX; i++)
+		if (disks >> i & 1)
+			mark_whole(c, cpu, slot, i);
 	return 0;
 }
 
@@ -882,6 +902,60 @@ static __always_inline int complete_bio(struct walk *walk, const bool loops)
 	return 0;
 }
 
+/*
+ * The key of the flight of the bio at `at`, or of the one that it was split off, and so on. 0: there is none. A function of
+ * its own, like set_cells.
+ */
+__attribute__((noinline)) __u64 key_above(__u64 at)
+{
+	__u64 key = at;
+	for (int i = 0; i < SPLITS_MAX && key; i++) {
+		if (bpf_map_lookup_elem(&flights, &key))
+			return key;
+		struct bio *bio = (void *)key;
+		key = (__u64)READ(bio, bi_private);
+	}
+	return 0;
+}
+
+/*
+ * A bio that ends on a disk which is not protected may have been submitted to one that is: md's stripes and NVMe's multipath
+ * hand the bios of their users on as they are, and what they split off. Which sectors it has there says nothing here.
+ * Returns the bytes that this bio accounts for. A function of its own, like set_cells.
+ */
+__attribute__((noinline)) __u32 end_elsewhere(__u64 at, __u32 left, __u32 error)
+{
+	struct control *c = the_control();
+	struct cpu *cpu = this_cpu();
+	struct bio *bio = (void *)at;
+	__u32 bytes = READ(bio, bi_iter.bi_size);
+	if (bytes > left)
+		bytes = left;
+	__u64 key = key_above(at);
+	struct flight *f = key ? bpf_map_lookup_elem(&flights, &key) : 0;
+	if (!f || !c || !cpu || !(READ_ONCE(c->hands_on) >> (f->disk & (DISKS_MAX - 1)) & 1))
+		return bytes;
+	__u32 slot = f->slot;
+	if (error) {
+		cpu->failed++;
+		mark_unstreamed(c, cpu, slot, f->disk, f->first_cell, f->start, f->end, f->granule_shift, f->sector, f->bytes, false);
+	}
+	__sync_fetch_and_add(&f->done, bytes);
+	if (READ_ONCE(f->done) >= f->bytes)
+		end_flight(cpu, key, slot);
+	return bytes;
+}
+
+static int end_elsewhere_each(__u32 i, struct walk *walk)
+{
+	if (!walk->bio || !walk->left)
+		return 1;
+	struct bio *bio = (void *)walk->bio;
+	walk->left -= end_elsewhere(walk->bio, walk->left, walk->error);
+	walk->bio = (__u64)READ(bio, bi_next);
+	return 0;
+}
+
 static int complete_bio_each(__u32 i, struct walk *walk)
 {
 	return complete_bio(walk, true);
@@ -927,8 +1001,22 @@ static __always_inline int completed(struct request *rq, __u32 error, __u32 byte
 	struct targets *all = targets_of(disk);
 	struct control *c = the_control();
 	struct cpu *cpu = this_cpu();
-	if (!all || !c || !cpu)
+	if (!c || !cpu || (!all && !READ_ONCE(c->hands_on)))
 		return 0;
+	if (!all) {
+		struct walk elsewhere = {
+			.bio = (__u64)READ(rq, bio),
+			.left = bytes,
+			.error = error & 0xff,
+		};
+		if (loops)
+			bpf_loop(BIOS_MAX, end_elsewhere_each, &elsewhere, 0);
+		else
+			for (int i = 0; i < BIOS_BOUNDED; i++)
+				if (end_elsewhere_each(i, &elsewhere))
+					break;
+		return 0;
+	}
 	cpu->ends++;
 	__u64 device = key_of(disk);
 	struct walk walk = {
@@ -983,6 +1071,9 @@ static __always_inline int ended(struct bio *bio, const bool loops, const bool s
 		return 0;
 	struct flight *f = bpf_map_lookup_elem(&flights, &key);
 	if (f) {
+		/* NVMe's multipath tells of the end of a bio whose front parts, split off, may be under way. */
+		if (bio->__bi_remaining.counter > 1)
+			return 0;
 		if (bio->bi_status) {
 			cpu->failed++;
 			mark_unstreamed(c, cpu, f->slot, f->disk, f->first_cell, f->start, f->end, f->granule_shift, f->sector, f->bytes,
@@ -999,9 +1090,11 @@ static __always_inline int ended(struct bio *bio, const bool loops, const bool s
 		disk = ((struct bio___before_5_12 *)bio)->bi_disk;
 	}
 	struct targets *all = targets_of(disk);
-	/* An empty flush, or the front part of one that is in flight and tells of its end itself. */
-	__u64 parent = (__u64)bio->bi_private;
-	if (!all || (op == OP_WRITE && !bio->bi_io_vec) || bpf_map_lookup_elem(&flights, &parent))
+	/* An empty flush, or a part of one that is in flight and tells of its end itself. Read as a number, see `completed`. */
+	if (!all || (op == OP_WRITE && !bio->bi_io_vec) || key_above((__u64)READ(bio, bi_private)))
+		return 0;
+	/* For a discard to its stripes md sends some of its own: when the last of them ended, so did the flight. */
+	if (op == OP_DISCARD && READ_ONCE(c->hands_on) >> (all->part[0].disk & (DISKS_MAX - 1)) & 1)
 		return 0;
 	/* The driver has advanced it: nobody knows any more where it began. */
 	if (any_without(key_of(disk), TARGET_LEFT | TARGET_JOINS))
@@ -1030,9 +1123,15 @@ static __always_inline int issued(struct request *rq)
 	struct targets *all = targets_of(disk);
 	struct control *c = the_control();
 	struct cpu *cpu = this_cpu();
-	if (!all || !c || !cpu)
+	if (!c || !cpu)
 		return 0;
-	changed_somewhere(c, cpu, slot_now(c), key_of(disk), GAP_PASSTHROUGH);
+	if (all) {
+		changed_somewhere(c, cpu, slot_now(c), key_of(disk), GAP_PASSTHROUGH);
+	} else if (disk && READ_ONCE(c->hands_on)) {
+		/* Perhaps to one of the disks below: nobody knows which they are. */
+		break_stream(c, cpu, position(), GAP_PASSTHROUGH);
+		mark_hands_on(slot_now(c));
+	}
 	return 0;
 }
 

@@ -6,7 +6,7 @@
 #ifndef FARSHORE_CAPTURE_H
 #define FARSHORE_CAPTURE_H
 
-#define LAYOUT_VERSION 4
+#define LAYOUT_VERSION 5
 
 /* Epoch e marks in slot e % SLOTS. */
 #define SLOTS 3
@@ -75,6 +75,8 @@ struct control {
 	__u64 pages;      /* address of page 0's struct page */
 	__u64 direct_map; /* address of page 0's bytes */
 	__u64 map_cells;
+	/* Protected disks, a bit each, that hand the bios of their users on to other disks: they end there. */
+	__u64 hands_on;
 	__u32 sleeps; /* the reader wants to be woken by the next record; set by the agent, cleared by whoever wakes it */
 	__u32 broken; /* the stream is broken: as if every word said track, until the agent rotates */
 	/* Calibration: a page with known content, found through a file descriptor of the calling process. */
@@ -120,7 +122,7 @@ struct flight {
 _Static_assert(sizeof(struct record) == 56, "layout.rs");
 _Static_assert(sizeof(struct target) == 32, "layout.rs");
 _Static_assert(sizeof(struct targets) == 264, "layout.rs");
-_Static_assert(sizeof(struct control) == 1304, "layout.rs");
+_Static_assert(sizeof(struct control) == 1312, "layout.rs");
 _Static_assert(sizeof(struct flight) == 56, "layout.rs");
 _Static_assert(sizeof(struct cpu) == 248, "layout.rs");
 

@@ -28,6 +28,8 @@ mount -t sysfs none /sys
 mount -t devtmpfs none /dev
 disk_of() {{
 	for folder in /sys/block/nvme*n1; do
+		# With multipath the paths are disks as well, which nobody can open.
+		[ -b /dev/${{folder##*/}} ] || continue
 		case "$(cat $folder/device/serial 2>/dev/null)" in $1*) echo /dev/${{folder##*/}} ;; esac
 	done
 }}
@@ -134,8 +136,7 @@ impl Guest<'_> {
             .args(
                 DISKS.map(|(name, _)| format!("nvme,drive={name},serial={name}")).iter().flat_map(|it| ["-device", it]),
             )
-            // What is captured behind several paths to a namespace is not seen to end: the agent refuses them.
-            .args(["-append", "console=ttyS0 panic=-1 quiet nvme_core.multipath=N"])
+            .args(["-append", "console=ttyS0 panic=-1 quiet"])
             .arg("-serial")
             .arg(format!("file:{}", console.display()))
             .stdin(Stdio::null());

@@ -4,8 +4,8 @@
 //! them.
 
 use std::fs::{File, OpenOptions};
-use std::os::fd::AsRawFd;
-use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -13,7 +13,11 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use replication::ChangeKind;
 use world::SystemClock;
 
-use super::tests::{ANY_VARIANT, Aligned, Bench, capture_of, described, rotate, skip};
+use super::layout::{Cpu, Flight};
+use super::tests::{
+    ANY_VARIANT, Aligned, BLKDISCARD, BLKZEROOUT, Bench, capture_of, described, direct, number, range_ioctl, rotate,
+    skip, try_range_ioctl,
+};
 use super::*;
 
 const MEMBER_BYTES: u64 = 64 << 20;
@@ -150,11 +154,6 @@ fn refusal(bench: &Bench, disks: Vec<EbpfDisk>) -> String {
     }
 }
 
-fn direct(path: &Path) -> File {
-    let direct = rustix::fs::OFlags::DIRECT.bits().cast_signed();
-    OpenOptions::new().write(true).custom_flags(direct).open(path).expect("opens")
-}
-
 /// What was captured of each disk, in order.
 fn captured(capture: &mut EbpfCapture) -> Vec<(DiskId, ByteRange)> {
     let mut found = Vec::new();
@@ -216,4 +215,88 @@ fn a_member_of_stripes_is_refused() {
     let name = array.device.file_name().expect("a device").to_string_lossy().into_owned();
     let why = refusal(&one, vec![described(1, one.device())]);
     assert!(why.contains(&format!("protect {name} itself")), "{why}");
+}
+
+/// Writes of many sizes, discards and zeroes to a device that is made of others, protected itself: all is in the stream with
+/// its bytes, and all ends are known.
+fn captured_by_itself(bench: &Bench, device: &Path) {
+    let mut capture = capture_of(bench, vec![described(1, device)]);
+    let file = direct(device);
+    let bytes = described(1, device).geometry.size_bytes;
+    // Discards are chains of bios, and old kernels tell of the end of the last one only.
+    let (mut discards, mut untold) = (0, 0);
+    for round in 0..60u64 {
+        let len = [512, 8192, 65_536 + 512, 1 << 20, (3 << 20) + 512, 4096][round as usize % 6];
+        let range = ByteRange::new(number() % ((bytes - len) / 512) * 512, len);
+        let data = Aligned::random(len as usize);
+        let what = match round % 10 {
+            8 => {
+                // Refused where the disks below have no discards.
+                let _ = try_range_ioctl(&file, BLKDISCARD, range.start, len);
+                discards += 1;
+                "discard"
+            }
+            9 => {
+                range_ioctl(&file, BLKZEROOUT, range.start, len);
+                "zeroes"
+            }
+            _ => {
+                file.write_all_at(data.bytes(), range.start).expect("written");
+                "write"
+            }
+        };
+        let mut found = 0;
+        while let Some(captured) = capture.next() {
+            for kind in &captured.kinds {
+                let at = kind.range().expect("no markers here");
+                assert!(range.start <= at.start && at.end() <= range.end(), "round {round}: {what} {range:?}: {at:?}");
+                found += at.len;
+                if let ChangeKind::Write { data: bytes, .. } = kind
+                    && what == "write"
+                {
+                    assert!(data.bytes()[at.within(range.start)] == bytes[..], "round {round}: its bytes");
+                }
+            }
+            capture.release(captured.end);
+        }
+        // Zeroes are written when the layers below turn out not to have a request for them.
+        let once_or_again = found == len || what == "zeroes" && found == 2 * len;
+        assert!(once_or_again || what == "discard" && found == 0, "round {round}: {what} {range:?}: {found} bytes");
+        let begun = capture.sum_of_slots(Cpu::SUBMITTED);
+        let ended = capture.sum_of_slots(Cpu::COMPLETED);
+        let under_way =
+            kernel::walk::<{ Flight::BYTES }>(capture.installed.flights.as_fd()).expect("they can be read").entries;
+        let context = (capture.gaps(), begun, ended, under_way);
+        if what == "discard" && !support::has_large_records() {
+            untold = begun - ended;
+        }
+        assert!(begun - ended <= untold, "round {round}: {what} {range:?}: {context:?}");
+        assert_eq!(capture.status().gap_count, 0, "round {round}: {what} {range:?}: {context:?}");
+    }
+    rotate(&mut capture, Mode::Stream);
+    assert!(capture.counters().counts().untold <= untold.min(2 * discards), "all others are known to have ended");
+}
+
+#[test]
+fn a_logical_volume_is_captured_by_itself() {
+    let test = "a_logical_volume_is_captured_by_itself";
+    let Some(disk) = Bench::of(test, MEMBER_BYTES) else { return };
+    let Some(volume) = Volume::over(test, disk.device(), MEMBER_BYTES - 2 * OFFSET) else { return };
+    captured_by_itself(&disk, &volume.device);
+}
+
+#[test]
+fn a_mirror_is_captured_by_itself() {
+    let test = "a_mirror_is_captured_by_itself";
+    let (Some(one), Some(two)) = (Bench::of(test, MEMBER_BYTES), Bench::of(test, MEMBER_BYTES)) else { return };
+    let Some(array) = Array::of(test, 1, &[one.device(), two.device()]) else { return };
+    captured_by_itself(&one, &array.device);
+}
+
+#[test]
+fn stripes_are_captured_by_themselves() {
+    let test = "stripes_are_captured_by_themselves";
+    let (Some(one), Some(two)) = (Bench::of(test, MEMBER_BYTES), Bench::of(test, MEMBER_BYTES)) else { return };
+    let Some(array) = Array::of(test, 0, &[one.device(), two.device()]) else { return };
+    captured_by_itself(&one, &array.device);
 }

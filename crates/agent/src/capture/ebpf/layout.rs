@@ -5,7 +5,7 @@ use std::mem::offset_of;
 use super::places::Place;
 
 /// Version of everything below; pins of another version are not adopted.
-pub(super) const VERSION: u64 = 4;
+pub(super) const VERSION: u64 = 5;
 /// Epoch `e` marks in slot `e % SLOTS`.
 pub(super) const SLOTS: usize = 3;
 /// Protected disks at most.
@@ -90,6 +90,7 @@ pub(super) struct Control {
     pages: u64,
     direct_map: u64,
     map_cells: u64,
+    hands_on: u64,
     sleeps: u32,
     broken: u32,
     calibrate_tgid: u32,
@@ -108,6 +109,7 @@ pub(super) struct Control {
 impl Control {
     pub(super) const WORD: usize = offset_of!(Control, word);
     pub(super) const MAP_CELLS: usize = offset_of!(Control, map_cells);
+    pub(super) const HANDS_ON: usize = offset_of!(Control, hands_on);
     pub(super) const SLEEPS: usize = offset_of!(Control, sleeps);
     pub(super) const BROKEN: usize = offset_of!(Control, broken);
     pub(super) const CALIBRATE_TGID: usize = offset_of!(Control, calibrate_tgid);
@@ -165,7 +167,7 @@ impl Cpu {
     pub(super) const UNTOLD: usize = offset_of!(Cpu, untold);
 }
 
-/// A bio under way, of which only the slot is looked at here.
+/// A bio under way, as the programs note it.
 pub(super) struct Flight;
 
 impl Flight {
@@ -176,9 +178,14 @@ impl Flight {
     pub(super) fn slot(entry: &[u8; Flight::BYTES]) -> usize {
         u32::from_ne_bytes([entry[12], entry[13], entry[14], entry[15]]) as usize
     }
+
+    /// The number of its disk in the programs.
+    pub(super) fn disk(entry: &[u8; Flight::BYTES]) -> usize {
+        u32::from_ne_bytes([entry[48], entry[49], entry[50], entry[51]]) as usize
+    }
 }
 
-const _: () = assert!(size_of::<Control>() == 1304 && size_of::<Cpu>() == 248 && size_of::<Target>() == 32);
+const _: () = assert!(size_of::<Control>() == 1312 && size_of::<Cpu>() == 248 && size_of::<Target>() == 32);
 
 /// What a record in the ring is about.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

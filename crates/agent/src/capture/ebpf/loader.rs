@@ -25,6 +25,7 @@ use super::layout::{Control, Cpu, PARTS_MAX, Target, targets_bytes};
 use super::ledger::Ledger;
 use super::pins;
 use super::places::Place;
+use super::support;
 use super::types;
 use super::{OpenEbpfError, Shape, Variant};
 
@@ -96,6 +97,13 @@ impl Installed {
     /// program runs that was told otherwise.
     pub(super) fn aim(&self, device: u64, parts: &[Target]) -> io::Result<()> {
         assert!(parts.len() <= PARTS_MAX, "checked before");
+        let bits = parts.iter().fold(0, |bits, part| bits | 1u64 << part.disk);
+        let hands_on = self.control.word(Control::HANDS_ON);
+        // Before they are captured. The bit of one that has left costs a look at other disks' ends, and no more.
+        match support::hands_bios_on(device) {
+            true => hands_on.fetch_or(bits, Ordering::SeqCst),
+            false => hands_on.fetch_and(!bits, Ordering::SeqCst),
+        };
         match parts {
             [] => kernel::delete(self.targets.as_fd(), device)?,
             parts => kernel::update(self.targets.as_fd(), device, &targets_bytes(parts))?,

@@ -6,6 +6,9 @@
 //! way even then counts as never seen. If it does end later, that breaks the stream and marks where it wrote, as the end of
 //! every bio does that nobody saw submitted: nothing is lost, and the range is healed once more. Only a write that both
 //! reaches the disk so late and ends untold would be missed, until the disk is compared.
+//!
+//! Bios of disks that hand them on to others (NVMe multipath, md stripes) are waited for as long as it takes: their late ends
+//! would not be recognised, and NVMe keeps a bio for as long as there is no path.
 
 use std::cell::Cell;
 use std::io;
@@ -18,7 +21,7 @@ use world::Monotonic;
 
 use super::EbpfCapture;
 use super::kernel::{self, Walk};
-use super::layout::{Cpu, Flight};
+use super::layout::{Control, Cpu, Flight, SLOTS};
 
 /// How long a bio may be under way: as long as the kernel waits for a SCSI or NVMe request before it resets the device.
 const LIMIT: Duration = Duration::from_secs(if cfg!(test) { 2 } else { 30 });
@@ -67,9 +70,15 @@ impl EbpfCapture {
             self.occupants().filter(|(slot, of)| *of < epoch && !self.is_still(*slot)).map(|(slot, _)| slot).collect();
         let flights = self.installed.flights.as_fd();
         let Walk { entries, complete } = kernel::walk::<{ Flight::BYTES }>(flights)?;
+        let hands_on = self.installed.control.word(Control::HANDS_ON).load(Ordering::SeqCst);
+        let mut kept = [0u64; SLOTS];
         for (key, flight) in entries {
-            if slots.contains(&Flight::slot(&flight)) {
-                kernel::delete(flights, key)?;
+            let slot = Flight::slot(&flight);
+            let stays = hands_on >> Flight::disk(&flight) & 1 == 1;
+            match slots.contains(&slot) {
+                true if stays => kept[slot] += 1,
+                true => kernel::delete(flights, key)?,
+                false => {}
             }
         }
         if !complete {
@@ -81,7 +90,9 @@ impl EbpfCapture {
         let mut given_up = 0;
         for slot in slots {
             let completed = self.sum(Cpu::COMPLETED + 8 * slot);
-            let missing = self.sum(Cpu::SUBMITTED + 8 * slot).wrapping_sub(completed);
+            let under_way = self.sum(Cpu::SUBMITTED + 8 * slot).wrapping_sub(completed);
+            // Some of those kept may have ended since: what is given up too little is given up the next time.
+            let missing = under_way.saturating_sub(kept[slot]);
             // The first CPU's: the programs add atomically, too.
             self.installed.cpus.word(Cpu::COMPLETED + 8 * slot).fetch_add(missing, Ordering::SeqCst);
             given_up += missing;

@@ -178,11 +178,6 @@ pub(super) fn place_of(path: &Path) -> Result<Place, String> {
     if let Some(array) = remapping_holder(disk) {
         return Err(format!("{array} passes writes on in a way that is not seen here: protect {array} itself"));
     }
-    if is_multipath(disk) {
-        return Err("the kernel passes its writes on to other devices (NVMe multipath), where their end is not seen: \
-                    start it with nvme_core.multipath=N, or use the splitter"
-            .to_owned());
-    }
     let device = read(disk, "dev").map_err(text)?;
     let number = |text: &str| text.parse::<u64>().ok();
     let device = device.split_once(':').and_then(|(major, minor)| Some(number(major)? << 32 | number(minor)?));
@@ -208,13 +203,21 @@ fn sys_folder(path: &Path) -> Result<PathBuf, String> {
     fs::canonicalize(format!("/sys/dev/block/{major}:{minor}")).map_err(|error| error.to_string())
 }
 
+/// Whether the whole disk with this number (see [`Place`]) hands the bios of its users on to other disks, as they are.
+pub(super) fn hands_bios_on(device: u64) -> bool {
+    let folder = fs::canonicalize(format!("/sys/dev/block/{}:{}", device >> 32, device & 0xffff_ffff));
+    folder.is_ok_and(|disk| is_multipath(&disk) || is_remapping_array(&disk))
+}
+
+fn is_remapping_array(disk: &Path) -> bool {
+    fs::read_to_string(disk.join("md/level")).is_ok_and(|level| matches!(level.trim(), "raid0" | "linear"))
+}
+
 /// An md array over this disk that sends the bios of its users to it as they are: their submission is not seen again.
 fn remapping_holder(disk: &Path) -> Option<String> {
     let holders = fs::read_dir(disk.join("holders")).ok()?;
-    holders.flatten().find_map(|holder| {
-        let level = fs::read_to_string(holder.path().join("md/level")).ok()?;
-        matches!(level.trim(), "raid0" | "linear").then(|| holder.file_name().to_string_lossy().into_owned())
-    })
+    let array = holders.flatten().find(|holder| is_remapping_array(&holder.path()))?;
+    Some(array.file_name().to_string_lossy().into_owned())
 }
 
 /// One layer for each disk: none may lie on another one of them, or its writes would be captured twice.
