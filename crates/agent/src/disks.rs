@@ -204,6 +204,15 @@ pub fn lock(disks: &[FoundDisk]) -> Result<(), Vec<Problem>> {
     if problems.is_empty() { Ok(()) } else { Err(problems) }
 }
 
+/// Ends what [`lock`] began.
+pub(crate) fn unlock(disks: &[FoundDisk]) {
+    for disk in disks {
+        if let Err(error) = disk.device.unlock_image() {
+            tracing::warn!(%error, disk = disk.name, "the disk stays locked until this program has ended");
+        }
+    }
+}
+
 fn open(disk: &DiskConfig, access: Access, register: &mut DiskRegister, accepted: bool) -> Result<FoundDisk, Problem> {
     let name = &disk.name;
     let cannot = format!("disk `{name}` cannot be protected");

@@ -347,6 +347,9 @@ impl Drop for Service {
             // A panic was logged when it happened.
             let _ = engine.join();
         }
+        if let Some(disks) = lock(&self.shared.disks).as_ref() {
+            disks.unlock();
+        }
     }
 }
 

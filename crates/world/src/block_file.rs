@@ -130,6 +130,18 @@ impl FileDevice {
         }
     }
 
+    /// Lets go of the lock at once. It would last until nobody has the file open any more: threads that end later, and
+    /// processes that were started and have not yet become another program, have it open, too.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn unlock_image(&self) -> io::Result<()> {
+        match self.kind {
+            Kind::ImageFile => self.file.unlock(),
+            Kind::BlockDevice => Ok(()),
+        }
+    }
+
     fn open_with(path: &Path, access: Access, caching: Caching) -> Result<FileDevice, OpenDeviceError> {
         let refused = |source| OpenDeviceError::Refused { path: path.to_owned(), source };
         // Looked at before it is opened: opening a pipe would wait for its other end.

@@ -67,6 +67,11 @@ impl DiskSet {
         self.register.store(&self.state, &self.found, Moment::Stopped)
     }
 
+    /// Leaves them to the next agent.
+    pub(super) fn unlock(&self) {
+        disks::unlock(&self.found);
+    }
+
     /// Takes the disks of the configuration file at `path`; what was done, a line each. The flag says that the file changes
     /// more than disks, which the next start takes.
     pub(super) fn reload(&mut self, path: &Path, shared: &Shared) -> Result<(Vec<String>, bool), Problem> {

@@ -53,6 +53,8 @@ mount -t ext4 /dev/vdb /data
 ip link set lo up
 ip link set eth0 up
 ip addr add 10.0.2.15/24 dev eth0
+# Open from here on: what arrives while nobody has the line open is lost.
+exec 3<>/dev/ttyS1
 stty -F /dev/ttyS1 raw -echo
 echo 'farshore-guest: up'
 while true; do sh </dev/ttyS1 2>&1 | cat >/dev/ttyS1; done
