@@ -67,6 +67,10 @@ impl PlainLeafHash {
         let mut hashes = Vec::with_capacity(leaves.len());
         for leaves in leaves.chunks(LANES) {
             let count = leaves.len();
+            // Whole vectors only, the rest of the lanes filled: blake3 1.8.7 hashes four inputs that are left over with AVX-512
+            // by loads of 64 bytes where 16 are meant, which reach up to 48 bytes behind the first of them (seen as a
+            // memory fault where a buffer ended with its page).
+            let lanes = if count > LANES / 2 { LANES } else { LANES / 2 };
             // Of each leaf its four chunks' values, then its two inner nodes'.
             let mut values = [[0; 4 * VALUE]; LANES];
             let mut nodes = [[0; 2 * VALUE]; LANES];
@@ -78,19 +82,19 @@ impl PlainLeafHash {
                     leaf[chunk * CHUNK..][..CHUNK].try_into().expect("a quarter of a leaf is a chunk")
                 });
                 let (no, counter) = (IncrementCounter::No, chunk as u64);
-                platform.hash_many(&inputs[..count], &IV, counter, no, 0, CHUNK_START, CHUNK_END, &mut out);
+                platform.hash_many(&inputs[..lanes], &IV, counter, no, 0, CHUNK_START, CHUNK_END, &mut out);
                 scatter(&out, chunk, &mut values);
             }
             for half in 0..2 {
                 let inputs: [&[u8; PARENT]; LANES] = std::array::from_fn(|lane| {
                     values[lane][half * PARENT..][..PARENT].try_into().expect("two values are a parent")
                 });
-                platform.hash_many(&inputs[..count], &IV, 0, IncrementCounter::No, IS_PARENT, 0, 0, &mut out);
+                platform.hash_many(&inputs[..lanes], &IV, 0, IncrementCounter::No, IS_PARENT, 0, 0, &mut out);
                 scatter(&out, half, &mut nodes);
             }
             let inputs: [&[u8; PARENT]; LANES] = std::array::from_fn(|lane| &nodes[lane]);
             let flags = IS_PARENT | IS_ROOT;
-            platform.hash_many(&inputs[..count], &IV, 0, IncrementCounter::No, flags, 0, 0, &mut out);
+            platform.hash_many(&inputs[..lanes], &IV, 0, IncrementCounter::No, flags, 0, 0, &mut out);
             hashes.extend(
                 out.chunks_exact(VALUE)
                     .take(count)
